@@ -1,0 +1,148 @@
+/* forkfs-engine: live branches of running virtual machines. The one public header of engine/; no FUSE in it.
+ *
+ * Objects are reference counted (_ref/_unref) and may be used from any thread. Durations are nanoseconds of
+ * CLOCK_MONOTONIC and end in _ns, sizes are bytes. Functions return 0 (or a count) or -errno and describe a
+ * failure in a struct ffs_error (base/error.h), untouched on success.
+ *
+ * ffs_engine_new() forks the two helper processes and must therefore run before the caller starts a thread.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "base/error.h"
+
+struct json_object;
+struct ffs_engine;
+struct ffs_sandbox;
+struct ffs_branch;
+struct ffs_cancel;
+
+/* ---- engine
+ * ---------------------------------------------------------------------------------------------------- */
+
+/* Fork the spawner (runs the injections) and the watchdog (lets guests go when this process dies or hangs),
+ * install the fatal-signal handlers that close every userfaultfd, set PR_SET_DUMPABLE 0. Call once, before
+ * any thread exists. */
+int ffs_engine_new(struct ffs_engine **out, struct ffs_error *err);
+/* Detach every sandbox (guests run on), end the helpers, free. Branches that are still referenced stay
+ * readable. */
+void ffs_engine_unref(struct ffs_engine *engine);
+
+/* ---- cancellation
+ * ---------------------------------------------------------------------------------------------- */
+
+/* One per request that may wait. ffs_cancel_set() may be called from any thread (FUSE's interrupt), once or
+ * often; the call that was given the object then returns -EINTR within a second, with everything put back. */
+struct ffs_cancel *ffs_cancel_new(void);
+struct ffs_cancel *ffs_cancel_ref(struct ffs_cancel *c);
+void ffs_cancel_unref(struct ffs_cancel *c);
+void ffs_cancel_set(struct ffs_cancel *c);
+
+/* ---- sandboxes
+ * ------------------------------------------------------------------------------------------------- */
+
+enum ffs_run_state { FFS_RUN_RUNNING, FFS_RUN_PAUSED, FFS_RUN_EXITED };
+/* "running" | "paused" | "exited" */
+const char *ffs_run_state_name(enum ffs_run_state s);
+
+struct ffs_attach_options {
+	const char *name;        /* ffs_check_name() */
+	pid_t pid;               /* of the VMM; 0: found from the socket's peer */
+	const char *qemu_socket; /* QMP unix socket; NULL: found from the command line of pid */
+	bool track;              /* keep the write protection on between branches */
+};
+
+/* Attach to a running VMM: connect its control socket, find and cross-check its guest memory, obtain a
+ * userfaultfd of its address space. The guest is not stopped. Fails with a sentence that names culprit and
+ * remedy: EEXIST (name or VM already attached), ESRCH (no such process), ENOTSUP (no VMM we know, memory that
+ * cannot be branched), EBUSY (socket in use), … Waits for the VMM; may be cancelled. */
+int ffs_sandbox_attach(struct ffs_engine *engine, const struct ffs_attach_options *opt,
+	struct ffs_cancel *cancel, struct ffs_sandbox **out, struct ffs_error *err);
+/* Let go of the VM: captures in flight fail ("detached"), protection and userfaultfd are gone when this
+ * returns, the guest runs on. Settled branches stay. Idempotent. */
+void ffs_sandbox_detach(struct ffs_sandbox *sb);
+struct ffs_sandbox *ffs_sandbox_ref(struct ffs_sandbox *sb);
+void ffs_sandbox_unref(struct ffs_sandbox *sb);
+
+const char *ffs_sandbox_name(const struct ffs_sandbox *sb);
+pid_t ffs_sandbox_pid(const struct ffs_sandbox *sb);
+/* Bytes of memory.bin of every branch of this sandbox. */
+uint64_t ffs_sandbox_memory_size(const struct ffs_sandbox *sb);
+/* Last known run state (VMM events and the pidfd keep it fresh); never waits for the VMM. */
+enum ffs_run_state ffs_sandbox_state(struct ffs_sandbox *sb);
+/* A new JSON object for `status`, owned by the caller (json_object_put). Never waits for the VMM. Keys: name,
+ * vmm, vmm_version, pid, state, memory_bytes, regions[{name,gpa,offset,size,page_size,kind}], tracking,
+ * in_flight, branches_taken, last_branch{pause_ns,…} or null. */
+int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out);
+
+/* ---- branches
+ * -------------------------------------------------------------------------------------------------- */
+
+enum ffs_branch_state { FFS_BRANCH_WRITING, FFS_BRANCH_READY, FFS_BRANCH_FAILED };
+/* "writing" | "ready" | "failed" */
+const char *ffs_branch_state_name(enum ffs_branch_state s);
+
+struct ffs_branch_options {
+	const char *name;    /* shown in status and log; NULL for an unnamed one */
+	uint64_t timeout_ns; /* bound on pre-arm + pause, and on waiting for another branch of the sandbox; 0:
+				30 s. Past it: EAGAIN before the pause, and the guest runs */
+};
+
+/* Take a live branch. Returns when the guest runs again (or still), with a branch that is WRITING and
+ * readable; the capture goes on in the engine's threads. On failure the guest runs as before (a VM that was
+ * found paused stays paused) and *out is untouched. Errors: ESRCH (VM gone), EAGAIN (timeout_ns), EINTR
+ * (cancel), ETIMEDOUT (VMM did not stop in 2 s; it was told to run on), ENOSPC/ENOMEM, EIO, ENOTSUP with the
+ * sentence. */
+int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt, struct ffs_cancel *cancel,
+	struct ffs_branch **out, struct ffs_error *err);
+
+struct ffs_branch *ffs_branch_ref(struct ffs_branch *b);
+/* The last reference gone while WRITING cancels the capture. */
+void ffs_branch_unref(struct ffs_branch *b);
+
+enum ffs_branch_state ffs_branch_state(struct ffs_branch *b);
+/* Why it failed, while FAILED: a copy into *err. */
+void ffs_branch_failure(struct ffs_branch *b, struct ffs_error *err);
+const char *ffs_branch_id(const struct ffs_branch *b);   /* UUID, 36 characters */
+uint64_t ffs_branch_time_ns(const struct ffs_branch *b); /* the instant, CLOCK_REALTIME */
+uint64_t ffs_branch_memory_size(const struct ffs_branch *b);
+
+/* Read memory of the branch's instant. Pages not yet captured are captured by the call. Returns bytes read
+ * (short only at the end), or -EIO when the branch failed, in which case nothing that was returned before was
+ * wrong. Any number of threads. Waits at most for one page copy of another thread. */
+ssize_t ffs_branch_read_memory(struct ffs_branch *b, void *buf, size_t len, uint64_t off);
+/* The memory image, dense offsets, once READY: a memfd sealed against writing, growing, shrinking. Owned by
+ * the branch, valid as long as it. -EAGAIN while WRITING, -EIO when FAILED. Holes of it are zero pages. */
+int ffs_branch_memory_fd(struct ffs_branch *b);
+
+/* vmstate is complete when ffs_branch_take() returned. */
+uint64_t ffs_branch_vmstate_size(const struct ffs_branch *b);
+ssize_t ffs_branch_read_vmstate(struct ffs_branch *b, void *buf, size_t len, uint64_t off);
+int ffs_branch_vmstate_fd(struct ffs_branch *b); /* sealed memfd, owned by the branch */
+
+/* Call fn(arg) once, from an engine thread (or from this call) as soon as the branch is no longer WRITING. fn
+ * must not block. ffs_branch_unwatch() returns true when fn will not and did not run; after it returned fn is
+ * not running. */
+struct ffs_branch_watch {
+	void (*fn)(void *arg);
+	void *arg;
+	struct ffs_branch_watch *next; /* private */
+	int state;                     /* private */
+};
+void ffs_branch_watch(struct ffs_branch *b, struct ffs_branch_watch *w);
+bool ffs_branch_unwatch(struct ffs_branch *b, struct ffs_branch_watch *w);
+/* Wait until it is READY (0) or FAILED (-EIO and the reason); -EINTR when cancelled. */
+int ffs_branch_wait(struct ffs_branch *b, struct ffs_cancel *cancel, struct ffs_error *err);
+
+/* New JSON objects owned by the caller. status: id, sandbox, name, state, error, mode, store, memory_bytes,
+ * captured_bytes, vmstate_bytes, instant (RFC 3339), pause_ns,
+ * phases{prearm_ns,converge_ns,stop_ns,vmstate_ns,arm_ns,resume_ns,capture_ns}, faults, fault_max_ns,
+ * fault_histogram_us, converge_rounds, dirty_at_pause_pages. manifest: what a restore needs: format, id,
+ * sandbox, instant, mode, memory{size,regions}, vmstate{size,kind},
+ * vmm{kind,version,command_line,accelerator}, pause_ns, phases. The manifest is complete only when READY
+ * (-EAGAIN before). */
+int ffs_branch_status(struct ffs_branch *b, struct json_object **out);
+int ffs_branch_manifest(struct ffs_branch *b, struct json_object **out);
