@@ -1,0 +1,316 @@
+/* Owns the copier threads of a tracker: they fill the images of the branches in flight, settle them, and let
+ * the guest's memory go when no branch needs it any more.
+ *
+ * Locks: t->lock for the queue; never held while copying or in an ioctl. A cluster lock while one cluster is
+ * copied, a slice's locks while it is made writable again. A copier never waits for the fault handler. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+
+#include "base/fault.h"
+#include "base/log.h"
+#include "branch/internal.h"
+#include "uffd/uffd.h"
+
+/* Unregistering holds the VMM's mmap lock for writing; in pieces of this size a guest fault never waits long
+ * for it. */
+#define RELEASE_BYTES (16ull << 20)
+
+/* ---- registration ---- */
+
+int ffs_tracker_register(struct ffs_tracker *t, struct ffs_error *err)
+{
+	int e = 0;
+
+	pthread_mutex_lock(&t->lock);
+	while (t->releasing) /* sees `taking` and stops within one piece */
+		pthread_cond_wait(&t->changed, &t->lock);
+	bool done = t->registered;
+
+	pthread_mutex_unlock(&t->lock);
+	if (done)
+		return 0;
+	e = FFS_FAULT("register");
+	if (e < 0)
+		return ffs_error_errno(err, -e, "cannot register guest memory");
+	for (unsigned i = 0; i < t->geo.n_regions && e == 0; i++) {
+		e = ffs_uffd_register(t->uffd, t->geo.regions[i].hva, t->geo.regions[i].size, err);
+		if (e < 0)
+			ffs_error_prefix(err, "guest memory region %s", t->geo.regions[i].name);
+	}
+	if (e == 0) {
+		pthread_mutex_lock(&t->lock);
+		t->registered = true;
+		pthread_mutex_unlock(&t->lock);
+	}
+	return e;
+}
+
+static bool release_wanted(struct ffs_tracker *t)
+{
+	return t->in_flight == 0 && (t->ending || (!t->track && !atomic_load(&t->taking))) &&
+	       !ffs_tracker_revoked(t);
+}
+
+void ffs_tracker_release_idle(struct ffs_tracker *t)
+{
+	pthread_mutex_lock(&t->lock);
+	if (!t->registered || t->releasing || !release_wanted(t)) {
+		pthread_mutex_unlock(&t->lock);
+		return;
+	}
+	t->releasing = true;
+	t->registered = false;
+	bool go = true;
+	int failure = 0;
+
+	for (unsigned i = 0; i < t->pages->n && go; i++) {
+		struct ffs_pages_region *r = &t->pages->r[i];
+		uint64_t piece = r->slice_bytes > RELEASE_BYTES ? r->slice_bytes : RELEASE_BYTES;
+
+		for (uint64_t off = 0; off < r->size && go; off += piece) {
+			uint64_t len = r->size - off < piece ? r->size - off : piece;
+
+			pthread_mutex_unlock(&t->lock);
+			/* no branch in flight and none being taken: writable is what they are about to be,
+			 * and a fault that is served in between finds it so and wakes */
+			for (uint64_t s = off / r->slice_bytes; s * r->slice_bytes < off + len; s++)
+				ffs_pages_mark_writable(r, s);
+			int e = ffs_uffd_unregister(t->uffd, r->hva + off, len);
+
+			pthread_mutex_lock(&t->lock);
+			if (e < 0)
+				failure = e;
+			go = release_wanted(t);
+		}
+	}
+	t->releasing = false;
+	/* of a VMM that exits the kernel says ESRCH or ENOMEM, and nothing is left to release */
+	if (failure && ffs_proc_alive(t->proc))
+		ffs_log(FFS_LOG_WARN, "cannot unregister guest memory of process %d: %s", (int)t->proc.pid,
+			strerror(-failure));
+	if (go)
+		atomic_store(&t->wd->active, 0);
+	pthread_cond_broadcast(&t->changed);
+	pthread_mutex_unlock(&t->lock);
+}
+
+/* ---- copying ---- */
+
+/* Give a slice back to the guest once nobody needs a page of it: one ioctl instead of up to 32 faults. Not
+ * while a take is sweeping (it would have to protect the pages again), and not with tracking, which wants
+ * them protected. */
+static void open_slice(struct ffs_tracker *t, unsigned region, uint64_t slice)
+{
+	struct ffs_pages_region *r = &t->pages->r[region];
+	uint64_t first = slice * r->clusters_per_slice, end = first + r->clusters_per_slice;
+	bool needed = false;
+
+	if (t->track || atomic_load(&t->taking) || ffs_tracker_revoked(t))
+		return;
+	if (end > r->n_clusters)
+		end = r->n_clusters;
+	ffs_slice_lock(r, slice);
+	for (unsigned i = 0; i < FFS_SLOTS && !needed; i++) {
+		struct ffs_branch *b = ffs_slot_get(&t->slots[i]);
+
+		if (!b)
+			continue;
+		for (uint64_t c = first; c < end && !needed; c++)
+			needed = atomic_load_explicit(&b->need[region][c], memory_order_relaxed) != 0;
+		ffs_slot_put(&t->slots[i]);
+	}
+	/* `taking` is set before the slots change, and a sweep takes these locks: looked at again under them
+	 */
+	if (!needed && !atomic_load(&t->taking)) {
+		int e = ffs_pages_release_locked(r, t->uffd, slice);
+
+		if (e < 0 && e != -EAGAIN && e != -ESRCH && e != -ENOENT)
+			ffs_log(FFS_LOG_WARN, "cannot release a slice of guest memory of process %d: %s",
+				(int)t->proc.pid, strerror(-e));
+	}
+	ffs_slice_unlock(r, slice);
+}
+
+/* While a branch of this VM is being taken between pause and resume the VMM's threads want the CPUs. */
+static void wait_out_pause(struct ffs_tracker *t)
+{
+	pthread_mutex_lock(&t->lock);
+	while (atomic_load(&t->hold) && !t->ending)
+		pthread_cond_wait(&t->work, &t->lock);
+	pthread_mutex_unlock(&t->lock);
+}
+
+void ffs_copier_hold(struct ffs_tracker *t, bool on)
+{
+	pthread_mutex_lock(&t->lock);
+	atomic_store(&t->hold, on);
+	if (!on)
+		pthread_cond_broadcast(&t->work);
+	pthread_mutex_unlock(&t->lock);
+}
+
+static void copy_slice(struct ffs_tracker *t, struct ffs_branch *b, uint64_t number, void *buf)
+{
+	unsigned region;
+	uint64_t slice;
+
+	ffs_pages_slice(t->pages, number, &region, &slice);
+	struct ffs_pages_region *r = &t->pages->r[region];
+	uint64_t end = (slice + 1) * r->clusters_per_slice;
+
+	if (end > r->n_clusters)
+		end = r->n_clusters;
+	for (uint64_t c = slice * r->clusters_per_slice; c < end && !ffs_branch_failed(b); c++) {
+		if (!atomic_load_explicit(&b->need[region][c], memory_order_acquire))
+			continue;
+		if (atomic_load_explicit(&t->hold, memory_order_relaxed))
+			wait_out_pause(t);
+		ffs_cluster_lock(r, c);
+		if (atomic_load_explicit(&b->need[region][c], memory_order_acquire))
+			ffs_tracker_capture_locked(t, region, c, buf);
+		ffs_cluster_unlock(r, c);
+	}
+	if (!ffs_branch_failed(b))
+		open_slice(t, region, slice);
+}
+
+/* ---- settling ---- */
+
+/* Everything is in the image, or the branch failed: once per branch, by the copier that got there first. */
+static void finish(struct ffs_tracker *t, struct ffs_branch *b)
+{
+	struct ffs_error err = {0};
+	int e;
+
+	ffs_slot_clear(&t->slots[b->slot]);
+	if (!ffs_branch_failed(b)) {
+		e = FFS_FAULT("settle");
+		if (e < 0)
+			ffs_error_errno(&err, -e, "cannot settle");
+		/* a mapping that was replaced while we copied lost its protection without an event */
+		if (e == 0 && !atomic_load(&t->gone))
+			e = ffs_memory_check(t->memory, &err);
+		if (e == -ESRCH)
+			e = 0; /* it exited: every page was captured before or came from memory that nobody
+				  writes any more */
+		if (e == 0 && ffs_tracker_revoked(t) && atomic_load(&b->remaining) != 0)
+			e = ffs_error_set(&err, ETIMEDOUT, "revoked by the watchdog");
+		if (e == 0 && atomic_load(&b->remaining) != 0)
+			e = ffs_error_set(&err, EIO, "%llu bytes were not captured",
+				(unsigned long long)atomic_load(&b->remaining));
+		if (e == 0)
+			e = ffs_image_seal(&b->image, &err);
+		if (e < 0)
+			ffs_branch_fail(b, -e, "branch of %s: %s", b->sandbox, err.text);
+	}
+	pthread_mutex_lock(&t->lock);
+	t->slots[b->slot].reserved = false;
+	t->in_flight--;
+	pthread_cond_broadcast(&t->changed);
+	pthread_mutex_unlock(&t->lock);
+
+	bool failed = ffs_branch_failed(b);
+
+	if (failed) {
+		struct ffs_error why = {0};
+
+		ffs_branch_failure(b, &why);
+		ffs_log(why.code == ECANCELED ? FFS_LOG_INFO : FFS_LOG_WARN, "branch %s of %s failed: %s",
+			b->name[0] ? b->name : b->id, b->sandbox, why.text);
+	}
+	ffs_branch_settle(b, failed ? FFS_BRANCH_FAILED : FFS_BRANCH_READY);
+	ffs_branch_put(b); /* the slot's reference */
+	ffs_tracker_release_idle(t);
+}
+
+/* The next branch that has something to do for a copier, pinned with a reference; under t->lock. */
+static struct ffs_branch *next_work(struct ffs_tracker *t)
+{
+	struct ffs_branch *oldest = NULL;
+
+	for (unsigned i = 0; i < FFS_SLOTS; i++) {
+		struct ffs_branch *b = ffs_slot_get(&t->slots[i]);
+
+		if (!b)
+			continue;
+		bool work = ffs_branch_failed(b) || atomic_load(&b->next_slice) < t->pages->n_slices;
+
+		if (work && !atomic_load(&b->finalising) && (!oldest || b->armed_ns < oldest->armed_ns)) {
+			ffs_branch_get(b);
+			if (oldest)
+				ffs_branch_put(oldest); /* its slot holds another reference */
+			oldest = b;
+		}
+		ffs_slot_put(&t->slots[i]);
+	}
+	return oldest;
+}
+
+/* The tracker is being ended: nothing may stay in flight, since the protection goes next. */
+static void fail_all(struct ffs_tracker *t)
+{
+	for (unsigned i = 0; i < FFS_SLOTS; i++) {
+		struct ffs_branch *b = ffs_slot_get(&t->slots[i]);
+
+		if (!b)
+			continue;
+		ffs_branch_fail(b, t->end_reason.code, "%s", t->end_reason.text);
+		ffs_slot_put(&t->slots[i]);
+	}
+}
+
+void *ffs_copier_main(void *arg)
+{
+	struct ffs_tracker *t = arg;
+	void *buf = malloc(t->pages->cluster_max);
+
+	prctl(PR_SET_NAME, "forkfs-copier");
+	pthread_mutex_lock(&t->lock);
+	for (;;) {
+		if (t->ending)
+			fail_all(t);
+		struct ffs_branch *b = next_work(t);
+
+		if (b && !t->ending && atomic_load(&t->hold)) {
+			ffs_branch_put(b);
+			b = NULL;
+		}
+		if (!b) {
+			if (t->ending && t->in_flight == 0)
+				break;
+			pthread_cond_wait(&t->work, &t->lock);
+			continue;
+		}
+		pthread_mutex_unlock(&t->lock);
+		if (!buf)
+			ffs_branch_fail(b, ENOMEM, "out of memory for the copy buffer of %s", b->sandbox);
+		if (ffs_tracker_revoked(t))
+			ffs_branch_fail(b, ETIMEDOUT,
+				"the watchdog let the guest of %s go: the daemon did not serve its writes "
+				"for 500 ms",
+				b->sandbox);
+		bool last = false;
+
+		if (!ffs_branch_failed(b)) {
+			uint64_t n = atomic_fetch_add(&b->next_slice, 1);
+
+			if (n < t->pages->n_slices) {
+				copy_slice(t, b, n, buf);
+				last = atomic_fetch_add(&b->slices_done, 1) + 1 == t->pages->n_slices;
+			}
+		}
+		if ((last || ffs_branch_failed(b)) && atomic_exchange(&b->finalising, 1) == 0)
+			finish(t, b);
+		ffs_branch_put(b);
+		pthread_mutex_lock(&t->lock);
+		if (t->ending)
+			pthread_cond_broadcast(&t->work); /* a fellow may wait for in_flight to reach 0 */
+	}
+	pthread_mutex_unlock(&t->lock);
+	free(buf);
+	return NULL;
+}

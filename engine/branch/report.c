@@ -1,0 +1,213 @@
+/* What status and manifest.json say: JSON objects made from a sandbox's or a branch's fields. Any thread;
+ * takes the owner's lock for a moment. */
+#include <errno.h>
+#include <json-c/json.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "branch/internal.h"
+
+static void add_u64(struct json_object *obj, const char *key, uint64_t v)
+{
+	json_object_object_add(obj, key, json_object_new_uint64(v));
+}
+
+static void add_str(struct json_object *obj, const char *key, const char *v)
+{
+	json_object_object_add(obj, key, v ? json_object_new_string(v) : NULL);
+}
+
+static void add_time(struct json_object *obj, const char *key, uint64_t wall_ns)
+{
+	time_t s = (time_t)(wall_ns / FFS_NS_PER_S);
+	struct tm tm;
+	char text[64];
+
+	gmtime_r(&s, &tm);
+	snprintf(text, sizeof(text), "%04d-%02d-%02dT%02d:%02d:%02d.%06luZ", tm.tm_year + 1900, tm.tm_mon + 1,
+		tm.tm_mday, tm.tm_hour, tm.tm_min, tm.tm_sec, (unsigned long)(wall_ns % FFS_NS_PER_S / 1000));
+	add_str(obj, key, text);
+}
+
+/* Copy every key of `from` into `to`. */
+static void add_all(struct json_object *to, struct json_object *from)
+{
+	if (!from)
+		return;
+	json_object_object_foreach(from, key, value) json_object_object_add(to, key, json_object_get(value));
+}
+
+void ffs_report_phases(struct json_object *obj, const struct ffs_phases *p)
+{
+	struct json_object *ph = json_object_new_object();
+
+	add_u64(obj, "pause_ns", p->pause_ns);
+	add_u64(ph, "prearm_ns", p->prearm_ns);
+	add_u64(ph, "converge_ns", p->converge_ns);
+	add_u64(ph, "stop_ns", p->stop_ns);
+	add_u64(ph, "vmstate_ns", p->vmstate_ns);
+	add_u64(ph, "arm_ns", p->arm_ns);
+	add_u64(ph, "resume_ns", p->resume_ns);
+	add_u64(ph, "capture_ns", p->capture_ns);
+	json_object_object_add(obj, "phases", ph);
+	add_u64(obj, "converge_rounds", p->converge_rounds);
+	add_u64(obj, "dirty_at_pause_pages", p->dirty_at_pause);
+}
+
+struct json_object *ffs_report_regions(const struct ffs_geometry *geo)
+{
+	static const char *const kinds[] = {"shared", "anonymous", "private-file"};
+	struct json_object *list = json_object_new_array();
+
+	for (unsigned i = 0; i < geo->n_ranges; i++) {
+		const struct ffs_gpa_range *g = &geo->ranges[i];
+		const struct ffs_region *r = NULL;
+
+		for (unsigned k = 0; k < geo->n_regions && !r; k++)
+			if (g->offset >= geo->regions[k].offset &&
+				g->offset - geo->regions[k].offset < geo->regions[k].size)
+				r = &geo->regions[k];
+		struct json_object *o = json_object_new_object();
+
+		add_str(o, "name", r ? r->name : "");
+		add_u64(o, "gpa", g->gpa);
+		add_u64(o, "offset", g->offset);
+		add_u64(o, "size", g->size);
+		add_u64(o, "page_size", r ? r->page_size : 0);
+		add_str(o, "kind", r ? kinds[r->kind] : "");
+		json_object_array_add(list, o);
+	}
+	return list;
+}
+
+int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out)
+{
+	struct json_object *o = json_object_new_object();
+	enum ffs_run_state state = ffs_sandbox_state(sb);
+	unsigned in_flight = 0;
+	uint64_t faults = 0, fault_max = 0;
+
+	if (!o)
+		return -ENOMEM;
+	add_str(o, "name", sb->name);
+	add_u64(o, "pid", (uint64_t)sb->proc.pid);
+	add_str(o, "state", ffs_run_state_name(state));
+	pthread_mutex_lock(&sb->lock);
+	add_all(o, sb->vmm_desc);
+	json_object_object_add(o, "attached", json_object_new_boolean(!sb->detached));
+	add_u64(o, "memory_bytes", sb->geo.memory_size);
+	json_object_object_add(o, "regions", ffs_report_regions(&sb->geo));
+	json_object_object_add(o, "tracking", json_object_new_boolean(sb->track));
+	if (sb->tracker) {
+		for (unsigned i = 0; i < FFS_SLOTS; i++)
+			in_flight += atomic_load(&sb->tracker->slots[i].branch) != NULL;
+		faults = atomic_load(&sb->tracker->faults);
+		fault_max = atomic_load(&sb->tracker->fault_max_ns);
+	}
+	add_u64(o, "in_flight", in_flight);
+	add_u64(o, "faults", faults);
+	add_u64(o, "fault_max_ns", fault_max);
+	add_u64(o, "branches_taken", sb->branches_taken);
+	struct json_object *last = NULL;
+
+	if (sb->branches_taken) {
+		last = json_object_new_object();
+		ffs_report_phases(last, &sb->last);
+	}
+	json_object_object_add(o, "last_branch", last);
+	pthread_mutex_unlock(&sb->lock);
+	*out = o;
+	return 0;
+}
+
+static struct json_object *histogram(struct ffs_branch *b)
+{
+	struct json_object *list = json_object_new_array();
+	unsigned top = 0;
+
+	for (unsigned i = 0; i < FFS_LATENCY_BUCKETS; i++)
+		if (atomic_load(&b->latency[i]))
+			top = i + 1;
+	for (unsigned i = 0; i < top; i++)
+		json_object_array_add(list, json_object_new_uint64(atomic_load(&b->latency[i])));
+	return list;
+}
+
+static void add_branch_head(struct json_object *o, struct ffs_branch *b)
+{
+	add_str(o, "id", b->id);
+	add_str(o, "sandbox", b->sandbox);
+	add_str(o, "name", b->name[0] ? b->name : NULL);
+	add_time(o, "instant", b->instant_wall_ns);
+	add_str(o, "mode", "live");
+}
+
+static struct ffs_phases phases_now(struct ffs_branch *b, enum ffs_branch_state *state)
+{
+	pthread_mutex_lock(&b->lock);
+	struct ffs_phases p = b->phases;
+
+	*state = ffs_branch_state(b);
+	pthread_mutex_unlock(&b->lock);
+	return p;
+}
+
+int ffs_branch_status(struct ffs_branch *b, struct json_object **out)
+{
+	struct json_object *o = json_object_new_object();
+	enum ffs_branch_state state;
+	struct ffs_error why = {0};
+
+	if (!o)
+		return -ENOMEM;
+	struct ffs_phases ph = phases_now(b, &state);
+
+	ffs_branch_failure(b, &why);
+	add_branch_head(o, b);
+	add_str(o, "state", ffs_branch_state_name(state));
+	add_str(o, "error", why.code ? why.text : NULL);
+	add_str(o, "store", "memory"); /* gone with the daemon */
+	add_u64(o, "memory_bytes", b->geo.memory_size);
+	add_u64(o, "captured_bytes", b->geo.memory_size - atomic_load(&b->remaining));
+	add_u64(o, "vmstate_bytes", b->vmstate_size);
+	ffs_report_phases(o, &ph);
+	add_u64(o, "faults", atomic_load(&b->faults));
+	add_u64(o, "fault_max_ns", atomic_load(&b->fault_max_ns));
+	/* [i]: faults served in less than 2^i microseconds (and not in [i-1]) */
+	json_object_object_add(o, "fault_histogram_us", histogram(b));
+	*out = o;
+	return 0;
+}
+
+int ffs_branch_manifest(struct ffs_branch *b, struct json_object **out)
+{
+	enum ffs_branch_state state;
+	struct ffs_phases ph = phases_now(b, &state);
+
+	if (state != FFS_BRANCH_READY)
+		return state == FFS_BRANCH_WRITING ? -EAGAIN : -EIO;
+	struct json_object *o = json_object_new_object(), *mem = json_object_new_object(),
+			   *vs = json_object_new_object(), *vmm = json_object_new_object();
+
+	if (!o || !mem || !vs || !vmm) {
+		json_object_put(o);
+		json_object_put(mem);
+		json_object_put(vs);
+		json_object_put(vmm);
+		return -ENOMEM;
+	}
+	add_u64(o, "format", 1);
+	add_branch_head(o, b);
+	add_u64(mem, "size", b->geo.memory_size);
+	json_object_object_add(mem, "regions", ffs_report_regions(&b->geo));
+	json_object_object_add(o, "memory", mem);
+	add_u64(vs, "size", b->vmstate_size);
+	json_object_object_add(o, "vmstate", vs);
+	add_all(vmm, b->vmm);
+	json_object_object_add(o, "vmm", vmm);
+	ffs_report_phases(o, &ph);
+	add_u64(o, "faults", atomic_load(&b->faults));
+	*out = o;
+	return 0;
+}

@@ -1,0 +1,358 @@
+/* Takes a live branch: the protocol, in the order on which everything depends.
+ *
+ *     pre-arm    (running)  write-protect all guest memory in slices; a fault only marks the page dirty and
+ * lets it go converge   (running)  re-protect what was dirtied, until little is left or it stops shrinking
+ *     pause                 the VMM's own stop: vCPUs stopped, device I/O drained
+ *     vmstate    (paused)   saving device state may itself write guest memory, so it comes before
+ *     arm        (paused)   re-protect what was dirtied since: only now does the branch's instant exist
+ *     resume                guest first: whatever failed above
+ *     capture    (running)  the tracker's threads
+ *
+ * Runs in the caller's thread, which owns sb->busy, so nobody else uses the driver or replaces the tracker.
+ * Holds no mutex while it waits for the VMM. */
+#include <errno.h>
+#include <fcntl.h>
+#include <json-c/json.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include "base/fault.h"
+#include "base/log.h"
+#include "branch/internal.h"
+#include "branch/sandbox.h"
+#include "uffd/uffd.h"
+
+#define CONVERGED_PAGES                                                                                      \
+	64u /* re-protecting these inside the pause costs less than another round does outside */
+#define CONVERGE_ROUNDS 8u
+#define RESUME_TRIES 5u
+
+struct take {
+	struct ffs_sandbox *sb;
+	struct ffs_tracker *t;
+	struct ffs_branch *b;
+	struct ffs_cancel *cancel;
+	uint64_t deadline_ns;
+	uint32_t removes; /* seen when the sweep began */
+	bool was_running, armed;
+};
+
+static int stop_asked(const struct take *k, struct ffs_error *err)
+{
+	if (ffs_cancel_is_set(k->cancel))
+		return ffs_error_set(err, EINTR, "interrupted before the pause; the guest was not stopped");
+	if (ffs_now_ns() >= k->deadline_ns)
+		return ffs_error_set(err, EAGAIN,
+			"%s could not be write-protected in time; the guest was not stopped: take the branch "
+			"through %s/ctl, "
+			"which waits longer",
+			k->sb->name, k->sb->name);
+	return 0;
+}
+
+/* Protect every writable page once; *swept counts them. */
+static int sweep(const struct take *k, bool paused, uint64_t *swept, struct ffs_error *err)
+{
+	struct ffs_pages *p = k->t->pages;
+
+	*swept = 0;
+	for (unsigned i = 0; i < p->n; i++) {
+		struct ffs_pages_region *r = &p->r[i];
+
+		for (uint64_t s = 0; s < r->n_slices; s++) {
+			if (!atomic_load_explicit(&r->dirty[s], memory_order_relaxed))
+				continue;
+			int e;
+
+			while ((e = ffs_pages_sweep(r, k->t->uffd, s, swept)) == -EAGAIN) {
+				/* the VMM is unmapping something; over when our handler has read the event */
+				if (ffs_now_ns() >= k->deadline_ns)
+					return ffs_error_set(err, EAGAIN,
+						"the VMM of %s kept changing its mappings", k->sb->name);
+				sched_yield();
+			}
+			if (e == 0)
+				e = FFS_FAULT("protect");
+			if (e < 0)
+				return ffs_error_errno(
+					err, -e, "cannot write-protect guest memory of %s", k->sb->name);
+			if (paused)
+				atomic_fetch_add_explicit(&k->t->wd->pause_beat, 1, memory_order_relaxed);
+			else if ((e = stop_asked(k, err)) < 0)
+				return e;
+		}
+	}
+	return 0;
+}
+
+static int prearm_and_converge(const struct take *k, struct ffs_error *err)
+{
+	struct ffs_phases *ph = &k->b->phases;
+	uint64_t start = ffs_now_ns(), swept, before;
+	int e = sweep(k, false, &swept, err);
+
+	ph->prearm_ns = ffs_now_ns() - start;
+	start = ffs_now_ns();
+	before = swept;
+	for (unsigned round = 0; e == 0 && k->was_running && round < CONVERGE_ROUNDS; round++) {
+		e = sweep(k, false, &swept, err);
+		ph->converge_rounds = round + 1;
+		if (swept <= CONVERGED_PAGES || swept > before / 4 * 3)
+			break;
+		before = swept;
+	}
+	ph->converge_ns = ffs_now_ns() - start;
+	return e;
+}
+
+/* The instant. The slot is filled between two sweeps: the first leaves nothing writable; a write that comes
+ * before the slot is filled marks its page dirty and the second protects it again, one that comes after is
+ * captured. */
+static int arm(struct take *k, struct ffs_error *err)
+{
+	uint64_t start = ffs_now_ns(), swept, late;
+	int e = sweep(k, true, &swept, err);
+
+	if (e < 0)
+		return e;
+	k->b->instant_wall_ns = ffs_wall_ns();
+	k->b->armed_ns = ffs_now_ns();
+	ffs_branch_get(k->b); /* the slot's reference */
+	pthread_mutex_lock(&k->t->lock);
+	k->t->in_flight++;
+	pthread_mutex_unlock(&k->t->lock);
+	atomic_store(&k->t->slots[k->b->slot].branch, k->b);
+	k->armed = true;
+	e = sweep(k, true, &late, err);
+	if (e == 0)
+		e = FFS_FAULT("pause-armed");
+	if (e < 0)
+		return ffs_error_errno(err, -e, "cannot arm the branch of %s", k->sb->name);
+	k->b->phases.dirty_at_pause = swept + late;
+	k->b->phases.arm_ns = ffs_now_ns() - start;
+	return 0;
+}
+
+static int resume_guest(struct take *k, struct ffs_error *err)
+{
+	struct ffs_vmm *vmm = k->sb->vmm;
+	int e = 0;
+
+	for (unsigned i = 0; i < RESUME_TRIES; i++) {
+		struct ffs_error why = {0};
+
+		e = vmm->ops->resume(vmm, ffs_now_ns() + FFS_PAUSE_LIMIT_NS, &why);
+		if (e == 0) {
+			atomic_store(&k->t->wd->pausing, 0);
+			return 0;
+		}
+		ffs_log(FFS_LOG_ERROR, "%s: cannot resume the guest (try %u): %s", k->sb->name, i + 1,
+			why.text);
+		if (e == -ESRCH || ffs_sandbox_gone(k->sb)) {
+			atomic_store(&k->t->wd->pausing, 0);
+			return ffs_error_set(
+				err, ESRCH, "the VMM of %s exited during the pause", k->sb->name);
+		}
+	}
+	/* `pausing` stays set and its beat stands still: within 500 ms the watchdog revokes and resumes on
+	 * its own */
+	return ffs_error_set(err, EIO,
+		"the guest of %s could not be resumed through its VMM: tell it to continue by hand",
+		k->sb->name);
+}
+
+/* Between pause and resume. Whatever fails, the guest runs when this returns (if it ran before). */
+static int pause_and_arm(struct take *k, struct ffs_error *err)
+{
+	struct ffs_vmm *vmm = k->sb->vmm;
+	struct ffs_phases *ph = &k->b->phases;
+	uint64_t start = ffs_now_ns(), t0 = start;
+	int e = 0;
+
+	ffs_copier_hold(k->t, true);
+	if (FFS_MUTANT("arm-before-pause"))
+		e = arm(k, err);
+	if (e == 0 && k->was_running) {
+		atomic_store(&k->t->wd->pausing, 1); /* before the stop: who finds it set asks the VMM */
+		atomic_fetch_add(&k->t->wd->pause_beat, 1);
+		ffs_watchdog_poke(k->t->watchdog);
+		t0 = ffs_now_ns();
+		e = vmm->ops->pause(vmm, t0 + FFS_PAUSE_LIMIT_NS, err);
+		ph->stop_ns = ffs_now_ns() - t0;
+	}
+	if (e == 0) {
+		uint64_t t1 = ffs_now_ns();
+
+		e = vmm->ops->save(vmm, t1 + FFS_PAUSE_LIMIT_NS, err);
+		ph->vmstate_ns = ffs_now_ns() - t1;
+	}
+	if (e == 0 && !k->armed && !FFS_MUTANT("arm-after-resume"))
+		e = arm(k, err);
+	/* on every path: undoes our own stop, and only looks where the VM was found stopped */
+	uint64_t t2 = ffs_now_ns();
+	struct ffs_error why = {0};
+	int r = resume_guest(k, &why);
+
+	if (k->was_running) {
+		ph->resume_ns = ffs_now_ns() - t2;
+		ph->pause_ns = ffs_now_ns() - t0;
+	}
+	if (r < 0 && e == 0)
+		e = ffs_error_set(err, why.code, "%s", why.text);
+	if (e == 0 && !k->armed)
+		e = arm(k, err);
+	if (e == 0 && vmm->resumed_by_others)
+		e = ffs_error_set(err, EAGAIN,
+			"somebody else resumed %s while the branch was taken: its memory and vmstate are of "
+			"different instants; try "
+			"again",
+			k->sb->name);
+	/* A stopped daemon may have been overtaken: then the guest ran before it was armed, or since. */
+	if (e == 0 && ffs_tracker_revoked(k->t))
+		e = ffs_error_set(err, ETIMEDOUT,
+			"the watchdog resumed %s: the daemon did not move for 500 ms during the pause",
+			k->sb->name);
+	if (e == 0 && atomic_load(&k->t->removes) != k->removes)
+		e = ffs_error_set(err, EAGAIN,
+			"the VMM of %s discarded or remapped guest memory while the branch was taken "
+			"(balloon, hot-plug): try again",
+			k->sb->name);
+	return e;
+}
+
+static int collect_vmstate(struct take *k, struct ffs_error *err)
+{
+	struct stat st;
+
+	if (fstat(k->b->vmstate_fd, &st) < 0)
+		return ffs_error_errno(err, errno, "cannot size the vmstate of %s", k->sb->name);
+	if (st.st_size == 0)
+		return ffs_error_set(err, EIO, "the VMM of %s saved an empty vmstate", k->sb->name);
+	k->b->vmstate_size = (uint64_t)st.st_size;
+	if (fcntl(k->b->vmstate_fd, F_ADD_SEALS,
+		    F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) < 0)
+		return ffs_error_errno(err, errno, "cannot seal the vmstate of %s", k->sb->name);
+	k->b->vmm = json_object_new_object();
+	if (!k->b->vmm)
+		return ffs_error_set(err, ENOMEM, "out of memory for the description of %s", k->sb->name);
+	k->sb->vmm->ops->describe(k->sb->vmm, k->b->vmm);
+	return 0;
+}
+
+static int reserve_slot(struct take *k, unsigned *slot, struct ffs_error *err)
+{
+	struct ffs_tracker *t = k->t;
+	int r = 0;
+
+	pthread_mutex_lock(&t->lock);
+	for (;;) {
+		for (unsigned i = 0; i < FFS_SLOTS; i++)
+			if (!t->slots[i].reserved) {
+				t->slots[i].reserved = true;
+				*slot = i;
+				pthread_mutex_unlock(&t->lock);
+				return 0;
+			}
+		if (r < 0)
+			break;
+		r = ffs_cancel_wait(k->cancel, &t->changed, &t->lock, k->deadline_ns);
+	}
+	pthread_mutex_unlock(&t->lock);
+	if (r == -EINTR)
+		return ffs_error_set(err, EINTR, "interrupted while %u other branches of %s are captured",
+			FFS_SLOTS, k->sb->name);
+	return ffs_error_set(err, EAGAIN, "%u branches of %s are being captured: try again when one is ready",
+		FFS_SLOTS, k->sb->name);
+}
+
+static void free_slot(struct ffs_tracker *t, unsigned slot)
+{
+	pthread_mutex_lock(&t->lock);
+	t->slots[slot].reserved = false;
+	pthread_cond_broadcast(&t->changed);
+	pthread_mutex_unlock(&t->lock);
+}
+
+/* The protocol on a tracker that is known to be good, with a slot reserved. */
+static int run_protocol(struct take *k, struct ffs_error *err)
+{
+	struct ffs_vmm *vmm = k->sb->vmm;
+	int e = vmm->ops->prepare(vmm, k->b->vmstate_fd, &k->was_running, err);
+
+	if (e == 0)
+		e = ffs_tracker_follow_socket(k->t, vmm, err);
+	if (e < 0) {
+		vmm->ops->finish(vmm);
+		return e;
+	}
+	atomic_store(&k->t->taking, 1);
+	atomic_store(&k->t->wd->active, 1);
+	ffs_watchdog_poke(k->t->watchdog);
+	k->removes = atomic_load(&k->t->removes);
+	e = ffs_tracker_register(k->t, err);
+	if (e == 0)
+		e = prearm_and_converge(k, err);
+	if (e == 0)
+		e = stop_asked(k, err);
+	if (e == 0)
+		e = pause_and_arm(k, err);
+	vmm->ops->finish(vmm);
+	struct ffs_error lost = {0};
+
+	/* resume may have connected anew; without the watchdog's duplicate this branch is still right */
+	if (ffs_tracker_follow_socket(k->t, vmm, &lost) < 0)
+		ffs_log(FFS_LOG_WARN, "%s: %s", k->sb->name, lost.text);
+	if (e == 0)
+		e = collect_vmstate(k, err);
+	if (e < 0 && k->armed)
+		ffs_branch_fail(
+			k->b, -e, "%s", err && err->text[0] ? err->text : "the branch could not be taken");
+	atomic_store(&k->t->taking, 0);
+	ffs_copier_hold(k->t, false); /* the copiers start, or settle the failed one */
+	return e;
+}
+
+int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt, struct ffs_cancel *cancel,
+	struct ffs_branch **out, struct ffs_error *err)
+{
+	struct ffs_error own = {0}; /* the text is needed inside, whether the caller wants it or not */
+	struct take k = {.sb = sb, .cancel = cancel};
+	unsigned slot = 0;
+
+	if (!err)
+		err = &own;
+	k.deadline_ns = ffs_now_ns() + (opt->timeout_ns ? opt->timeout_ns : 30 * FFS_NS_PER_S);
+	int e = ffs_sandbox_begin(sb, cancel, k.deadline_ns, err);
+
+	if (e < 0)
+		return e;
+	e = ffs_sandbox_ready_tracker(sb, &k.t, err);
+	if (e < 0)
+		goto out;
+	e = reserve_slot(&k, &slot, err);
+	if (e < 0)
+		goto out;
+	k.b = ffs_branch_new(sb, k.t, opt->name, err);
+	if (!k.b) {
+		free_slot(k.t, slot);
+		e = -err->code;
+		goto out;
+	}
+	k.b->slot = slot;
+	e = run_protocol(&k, err);
+	if (e < 0) {
+		if (!k.armed)
+			free_slot(k.t, slot); /* else the copier that settles it does */
+		ffs_branch_unref(k.b);
+		ffs_tracker_release_idle(k.t);
+	} else {
+		ffs_sandbox_count(sb, k.b);
+		*out = k.b;
+	}
+out:
+	ffs_sandbox_end(sb);
+	ffs_tracker_unref(k.t);
+	return e;
+}
