@@ -143,6 +143,7 @@ static void revoke_slot(struct guarded *g, struct ffs_wd_slot *s)
 	/* Before anything is let go: whoever copies a page now must see that it may have been too late. */
 	atomic_store(&s->revoked, 1);
 	release_ranges(g);
+	ffs_priority_return(&s->lent);
 	if (atomic_load(&s->pausing) && !g->rescued) {
 		g->rescued = true;
 		g->rescue_beat = atomic_load(&s->pause_beat);
@@ -334,6 +335,9 @@ static void daemon_died(void)
 	for (unsigned i = 0; i < FFS_WD_SLOTS; i++)
 		if (wd.slots[i].used)
 			ffs_close_fd(&wd.slots[i].uffd);
+	for (unsigned i = 0; i < FFS_WD_SLOTS; i++)
+		if (wd.slots[i].used)
+			ffs_priority_return(&wd.shared->slots[i].lent);
 	/* All memory is free; now those that are stopped, side by side: a VMM that does not answer delays
 	 * nobody else. */
 	for (unsigned i = 0; i < FFS_WD_SLOTS; i++)

@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "base/error.h"
+#include "uffd/priority.h"
 #include "vmm/vmm.h"
 
 #define FFS_WD_SLOTS 256
@@ -28,6 +29,7 @@ struct ffs_wd_slot {
 	_Atomic uint64_t handler_seq; /* odd while the fault handler works on events, even while it waits */
 	_Atomic uint64_t pause_beat; /* moved at the begin of a pause and, by whoever holds it, at least every
 					100 ms */
+	struct ffs_lent lent; /* given back by the watchdog when it revokes, and when the daemon died */
 };
 
 struct ffs_watchdog;

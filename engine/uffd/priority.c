@@ -1,0 +1,107 @@
+/* Owns nothing: the list is the caller's (in the watchdog's shared page). Called by the thread that takes a branch, and by the watchdog process for a
+ * daemon that died or hangs. No locks; system calls of a microsecond each. */
+#include "uffd/priority.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/cleanup.h"
+#include "base/util.h"
+
+/* Above ordinary threads, below the kernel's own and the watchdog; a vCPU below the thread that stops it. */
+enum { PRIO_VCPU = 2, PRIO_VMM = 4, PRIO_SELF = 4 };
+
+/* QEMU names its threads only when asked to, so whatever is neither the main thread (which saves and resumes) nor Firecracker's API thread counts as
+ * a vCPU: it is lent less, and gives it back once the VM has stopped. */
+static bool is_vcpu(pid_t pid, const char *tid)
+{
+	char path[64], *comm = NULL;
+
+	if (atoi(tid) == pid)
+		return false;
+	snprintf(path, sizeof(path), "/proc/%d/task/%.12s/comm", (int)pid, tid);
+	if (ffs_read_file(path, 64, &comm, NULL) < 0)
+		return true;
+	bool vcpu = strncmp(comm, "fc_api", 6) != 0;
+
+	free(comm);
+	return vcpu;
+}
+
+static void closedirp(DIR **d)
+{
+	if (*d)
+		closedir(*d);
+}
+
+void ffs_priority_find(struct ffs_lent *l, pid_t pid)
+{
+	char path[64];
+	struct dirent *e;
+
+	l->found = 0;
+	snprintf(path, sizeof(path), "/proc/%d/task", (int)pid);
+	_cleanup_(closedirp) DIR *dir = opendir(path);
+
+	while (dir && l->found < FFS_LENT_THREADS && (e = readdir(dir))) {
+		int tid = atoi(e->d_name), policy = tid > 0 ? sched_getscheduler(tid) : -1;
+		int base = policy & ~SCHED_RESET_ON_FORK;
+
+		/* who has real-time priority already was given it by its owner */
+		if (policy < 0 || (base != SCHED_OTHER && base != SCHED_BATCH && base != SCHED_IDLE))
+			continue;
+		l->thread[l->found].tid = tid;
+		l->thread[l->found].policy = policy;
+		l->thread[l->found].vcpu = is_vcpu(pid, e->d_name);
+		l->found++;
+	}
+}
+
+static void give_back(struct ffs_lent *l, bool vcpus_only)
+{
+	const struct sched_param ordinary = { 0 };
+	uint32_t n = atomic_load(&l->n);
+
+	for (uint32_t i = 0; i < n && i < FFS_LENT_THREADS; i++)
+		if (l->thread[i].vcpu || !vcpus_only)
+			/* fails only for a thread that has ended */
+			if (sched_setscheduler(l->thread[i].tid, l->thread[i].policy, &ordinary) < 0)
+				errno = 0;
+}
+
+bool ffs_priority_lend(struct ffs_lent *l)
+{
+	atomic_store(&l->n, l->found);
+	for (uint32_t i = 0; i < l->found; i++) {
+		struct sched_param p = { .sched_priority = l->thread[i].vcpu ? PRIO_VCPU : PRIO_VMM };
+
+		/* a child that the VMM forks meanwhile must not keep it */
+		if (sched_setscheduler(l->thread[i].tid, SCHED_RR | SCHED_RESET_ON_FORK, &p) < 0 && errno != ESRCH) {
+			ffs_priority_return(l);
+			return false;
+		}
+	}
+	return true;
+}
+
+void ffs_priority_return_vcpus(struct ffs_lent *l)
+{
+	give_back(l, true);
+}
+
+void ffs_priority_return(struct ffs_lent *l)
+{
+	give_back(l, false);
+	atomic_store(&l->n, 0);
+}
+
+bool ffs_priority_self(int above)
+{
+	struct sched_param p = { .sched_priority = above ? PRIO_SELF + above : 0 };
+
+	return sched_setscheduler(0, above ? SCHED_RR | SCHED_RESET_ON_FORK : SCHED_OTHER, &p) == 0;
+}
