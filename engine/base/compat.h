@@ -69,3 +69,27 @@ struct ffs_pm_scan_arg {
 #define FFS_PAGE_IS_PRESENT (1 << 3)
 #define FFS_PAGE_IS_SWAPPED (1 << 4)
 #define FFS_PAGE_IS_PFNZERO (1 << 5)
+
+/* include/uapi/linux/fs.h, 6.11: PROCMAP_QUERY on /proc/PID/maps */
+struct ffs_procmap_query {
+	__u64 size;
+	__u64 query_flags;
+	__u64 query_addr;
+	__u64 vma_start;
+	__u64 vma_end;
+	__u64 vma_flags;
+	__u64 vma_page_size;
+	__u64 vma_offset;
+	__u64 inode;
+	__u32 dev_major;
+	__u32 dev_minor;
+	__u32 vma_name_size;
+	__u32 build_id_size;
+	__u64 vma_name_addr;
+	__u64 build_id_addr;
+};
+#define FFS_PROCMAP_QUERY _IOWR('f', 17, struct ffs_procmap_query)
+#define FFS_PROCMAP_QUERY_VMA_WRITABLE 0x02
+#define FFS_PROCMAP_QUERY_VMA_SHARED 0x08
+#define FFS_PROCMAP_QUERY_COVERING_OR_NEXT_VMA 0x10
+#define FFS_PROCMAP_QUERY_FILE_BACKED_VMA 0x20
