@@ -53,6 +53,8 @@ struct ffs_attach_options {
 	pid_t pid;               /* of the VMM; 0: found from the socket's peer */
 	const char *qemu_socket; /* QMP unix socket; NULL: found from the command line of pid */
 	bool track;              /* keep the write protection on between branches */
+	bool force; /* attach, and take every branch, although guest memory has writers that are not trapped
+		       (EBUSY otherwise); see ffs_branch_options */
 };
 
 /* Attach to a running VMM: connect its control socket, find and cross-check its guest memory, obtain a
@@ -89,13 +91,16 @@ struct ffs_branch_options {
 	const char *name;    /* shown in status and log; NULL for an unnamed one */
 	uint64_t timeout_ns; /* bound on pre-arm + pause, and on waiting for another branch of the sandbox; 0:
 				30 s. Past it: EAGAIN before the pause, and the guest runs */
+	bool force; /* take it although guest memory has writers that are not trapped (vhost-user back ends,
+		       passed-through devices, …): status and manifest then carry their sentences as
+		       torn_possible; EBUSY otherwise */
 };
 
 /* Take a live branch. Returns when the guest runs again (or still), with a branch that is WRITING and
  * readable; the capture goes on in the engine's threads. On failure the guest runs as before (a VM that was
  * found paused stays paused) and *out is untouched. Errors: ESRCH (VM gone), EAGAIN (timeout_ns), EINTR
- * (cancel), ETIMEDOUT (VMM did not stop in 2 s; it was told to run on), ENOSPC/ENOMEM, EIO, ENOTSUP with the
- * sentence. */
+ * (cancel), EBUSY (other writers, see force), ETIMEDOUT (VMM did not stop in 2 s; it was told to run on),
+ * ENOSPC/ENOMEM, EIO, ENOTSUP with the sentence. */
 int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt, struct ffs_cancel *cancel,
 	struct ffs_branch **out, struct ffs_error *err);
 
@@ -139,7 +144,7 @@ int ffs_branch_wait(struct ffs_branch *b, struct ffs_cancel *cancel, struct ffs_
 
 /* New JSON objects owned by the caller. status: id, sandbox, name, state, error, mode, store, memory_bytes,
  * captured_bytes, vmstate_bytes, instant (RFC 3339), pause_ns,
- * phases{prearm_ns,converge_ns,stop_ns,vmstate_ns,arm_ns,resume_ns,capture_ns}, faults, fault_max_ns,
+ * phases{scan_ns,prearm_ns,converge_ns,stop_ns,vmstate_ns,arm_ns,resume_ns,capture_ns}, faults, fault_max_ns,
  * fault_histogram_us, converge_rounds, dirty_at_pause_pages. manifest: what a restore needs: format, id,
  * sandbox, instant, mode, memory{size,regions}, vmstate{size,kind},
  * vmm{kind,version,command_line,accelerator}, pause_ns, phases. The manifest is complete only when READY

@@ -6,6 +6,7 @@
  * hold one, the slot one, a copier at work one. */
 #include <errno.h>
 #include <json-c/json.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,6 +46,7 @@ struct ffs_branch *ffs_branch_new(
 	snprintf(b->sandbox, sizeof(b->sandbox), "%s", sb->name);
 	snprintf(b->name, sizeof(b->name), "%s", name ? name : "");
 	b->geo = t->geo;
+	b->vmm_kind = sb->vmm_kind;
 	b->tracker = ffs_tracker_ref(t);
 	atomic_init(&b->remaining, t->geo.memory_size);
 	for (unsigned i = 0; i < t->pages->n; i++) {
@@ -88,6 +90,7 @@ void ffs_branch_put(struct ffs_branch *b)
 	ffs_image_close(&b->image);
 	ffs_close_fd(&b->vmstate_fd);
 	json_object_put(b->vmm);
+	json_object_put(b->torn);
 	ffs_tracker_unref(b->tracker);
 	pthread_cond_destroy(&b->settled);
 	pthread_cond_destroy(&b->watch_done);
@@ -199,7 +202,11 @@ enum ffs_branch_state ffs_branch_state(struct ffs_branch *b)
 
 void ffs_branch_failure(struct ffs_branch *b, struct ffs_error *err)
 {
-	if (atomic_load(&b->failing) == FFS_FAIL_SET)
+	int now;
+
+	while ((now = atomic_load(&b->failing)) == FFS_FAIL_SETTING)
+		sched_yield(); /* somebody is writing the sentence */
+	if (now == FFS_FAIL_SET)
 		*err = b->failure;
 }
 

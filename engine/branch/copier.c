@@ -30,7 +30,12 @@ int ffs_tracker_register(struct ffs_tracker *t, struct ffs_error *err)
 		pthread_cond_wait(&t->changed, &t->lock);
 	bool done = t->registered;
 
+	t->touched = true;
+	/* under the lock, and after a release that cleared it: the watchdog must not sleep through a branch
+	 */
+	atomic_store(&t->wd->active, 1);
 	pthread_mutex_unlock(&t->lock);
+	ffs_watchdog_poke(t->watchdog);
 	if (done)
 		return 0;
 	e = FFS_FAULT("register");
@@ -49,16 +54,20 @@ int ffs_tracker_register(struct ffs_tracker *t, struct ffs_error *err)
 	return e;
 }
 
+/* Under t->lock. Tracking keeps what is whole; what the watchdog let go, or a failed registration left
+ * behind, is of no use to it. */
 static bool release_wanted(struct ffs_tracker *t)
 {
-	return t->in_flight == 0 && (t->ending || (!t->track && !atomic_load(&t->taking))) &&
-	       !ffs_tracker_revoked(t);
+	if (t->in_flight != 0)
+		return false;
+	return t->ending ||
+	       (!atomic_load(&t->taking) && (!t->track || !t->registered || ffs_tracker_revoked(t)));
 }
 
 void ffs_tracker_release_idle(struct ffs_tracker *t)
 {
 	pthread_mutex_lock(&t->lock);
-	if (!t->registered || t->releasing || !release_wanted(t)) {
+	if (!t->touched || t->releasing || !release_wanted(t)) {
 		pthread_mutex_unlock(&t->lock);
 		return;
 	}
@@ -92,8 +101,11 @@ void ffs_tracker_release_idle(struct ffs_tracker *t)
 	if (failure && ffs_proc_alive(t->proc))
 		ffs_log(FFS_LOG_WARN, "cannot unregister guest memory of process %d: %s", (int)t->proc.pid,
 			strerror(-failure));
-	if (go)
+	/* what could not be released may still be protected: faults, and the watchdog, for as long */
+	if (go && !(failure && ffs_proc_alive(t->proc))) {
+		t->touched = false;
 		atomic_store(&t->wd->active, 0);
+	}
 	pthread_cond_broadcast(&t->changed);
 	pthread_mutex_unlock(&t->lock);
 }
@@ -123,8 +135,10 @@ static void open_slice(struct ffs_tracker *t, unsigned region, uint64_t slice)
 			needed = atomic_load_explicit(&b->need[region][c], memory_order_relaxed) != 0;
 		ffs_slot_put(&t->slots[i]);
 	}
-	/* `taking` is set before the slots change, and a sweep takes these locks: looked at again under them
-	 */
+	/* In this order (pages.h): a take that sets `taking` after we looked finds the slice dirty, and its
+	 * sweep waits for these locks. */
+	if (!needed)
+		atomic_store(&r->dirty[slice], 1);
 	if (!needed && !atomic_load(&t->taking)) {
 		int e = ffs_pages_release_locked(r, t->uffd, slice);
 
@@ -186,6 +200,9 @@ static void finish(struct ffs_tracker *t, struct ffs_branch *b)
 	struct ffs_error err = {0};
 	int e;
 
+	/* what is discarded must be known before we call anything captured */
+	if (!ffs_branch_failed(b))
+		ffs_tracker_fence(t);
 	ffs_slot_clear(&t->slots[b->slot]);
 	if (!ffs_branch_failed(b)) {
 		e = FFS_FAULT("settle");
@@ -197,7 +214,8 @@ static void finish(struct ffs_tracker *t, struct ffs_branch *b)
 		if (e == -ESRCH)
 			e = 0; /* it exited: every page was captured before or came from memory that nobody
 				  writes any more */
-		if (e == 0 && ffs_tracker_revoked(t) && atomic_load(&b->remaining) != 0)
+		/* also with everything captured: what the watchdog read off the queue we do not know */
+		if (e == 0 && ffs_tracker_revoked(t))
 			e = ffs_error_set(&err, ETIMEDOUT, "revoked by the watchdog");
 		if (e == 0 && atomic_load(&b->remaining) != 0)
 			e = ffs_error_set(&err, EIO, "%llu bytes were not captured",

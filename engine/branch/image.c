@@ -48,8 +48,11 @@ int ffs_image_seal(struct ffs_image *img, struct ffs_error *err)
 {
 	int e = FFS_FAULT("image-seal");
 
-	if (e == 0 &&
-		fcntl(img->fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) < 0)
+	/* FUTURE_WRITE and not WRITE: they differ in what they allow to writable mappings made before, of
+	 * which there never was one. WRITE walks all pages and waits, at last in vain (EBUSY), for whoever
+	 * reads one just now. */
+	if (e == 0 && fcntl(img->fd, F_ADD_SEALS,
+			      F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) < 0)
 		e = -errno;
 	if (e)
 		return ffs_error_errno(err, -e, "cannot seal the memory image");

@@ -1,7 +1,7 @@
 /* The memory of one branch: a memfd of dense offsets, holes where the guest's page was zero, sealed once
  * complete.
  *
- * Written with pwrite(2) only (no writable mapping ever exists, so F_SEAL_WRITE succeeds) by the fault
+ * Written with pwrite(2) only (no writable mapping ever exists) by the fault
  * handler, copiers and readers, each its own pages; read by anybody. Reading a hole with pread(2) does not
  * populate it. */
 #pragma once

@@ -67,13 +67,15 @@ struct ffs_tracker {
 	_Atomic uint32_t hold;    /* between pause and resume: copiers stand still; changes under lock */
 	_Atomic uint32_t removes; /* UFFD_EVENT_REMOVE/UNMAP/REMAP seen: a take that spans one fails */
 	_Atomic uint32_t gone;    /* the VMM exited */
+	_Atomic uint64_t rounds;  /* of the handler: batches of events that are served */
 	_Atomic uint64_t faults, fault_max_ns; /* of the tracker's life */
 
 	pthread_mutex_t lock;   /* below */
 	pthread_cond_t work;    /* copiers: something in `slots`, or ending */
 	pthread_cond_t changed; /* a slot became free, or protection was released */
 	bool ending;
-	bool registered;    /* ranges are registered with the uffd (some, after an interrupted release) */
+	bool registered;    /* all ranges are registered with the uffd */
+	bool touched;       /* some may be: after a registration or a release that was not completed */
 	bool releasing;     /* a copier is unregistering */
 	unsigned in_flight; /* armed branches */
 	struct ffs_error end_reason;
@@ -86,8 +88,10 @@ struct ffs_tracker {
 enum ffs_branch_fail { FFS_FAIL_NONE, FFS_FAIL_SETTING, FFS_FAIL_SET };
 
 struct ffs_phases {
-	uint64_t prearm_ns, converge_ns, stop_ns, vmstate_ns, arm_ns, resume_ns, pause_ns, capture_ns;
+	uint64_t scan_ns, prearm_ns, converge_ns, stop_ns, vmstate_ns, arm_ns, resume_ns, pause_ns,
+		capture_ns;
 	uint64_t converge_rounds, dirty_at_pause;
+	bool priority_lent;
 };
 
 struct ffs_branch {
@@ -99,7 +103,9 @@ struct ffs_branch {
 	struct ffs_image image;
 	int vmstate_fd;
 	uint64_t vmstate_size;
-	struct json_object *vmm; /* what the driver said: read-only */
+	const char *vmm_kind;     /* static */
+	struct json_object *vmm;  /* what the driver said: read-only */
+	struct json_object *torn; /* sentences of what was overruled by force; NULL: nothing; read-only */
 	struct ffs_phases phases;
 
 	struct ffs_tracker *tracker; /* a reference, until the branch is freed */
@@ -130,6 +136,7 @@ struct ffs_sandbox {
 	struct ffs_sandbox *next; /* engine's list, a weak one */
 	char *name;
 	bool track;
+	bool force;              /* every branch is taken although memory has other writers */
 	struct ffs_proc_id proc; /* of the VMM, also after detach */
 	struct ffs_vmm *vmm;     /* used by whoever is `busy`; NULL once detached (changes under lock) */
 
@@ -141,7 +148,9 @@ struct ffs_sandbox {
 	struct ffs_geometry geo;
 	uint64_t branches_taken;
 	struct ffs_phases last;
+	const char *vmm_kind; /* static */
 	struct json_object *vmm_desc;
+	struct json_object *findings; /* of the last scan */
 };
 
 /* ---- tracker.c ---- */
@@ -156,6 +165,9 @@ struct ffs_tracker *ffs_tracker_ref(struct ffs_tracker *t);
 void ffs_tracker_unref(struct ffs_tracker *t);
 /* The driver may have connected anew (prepare): the watchdog must hold the connection that works. */
 int ffs_tracker_follow_socket(struct ffs_tracker *t, struct ffs_vmm *vmm, struct ffs_error *err);
+/* Return when the handler has served every event that was queued before the call (or will never: revoked, VMM
+ * gone). Not from the handler, and with no cluster lock held. */
+void ffs_tracker_fence(struct ffs_tracker *t);
 static inline bool ffs_tracker_revoked(const struct ffs_tracker *t)
 {
 	return atomic_load(&t->wd->revoked) != 0;
@@ -176,9 +188,11 @@ bool ffs_tracker_capture_locked(struct ffs_tracker *t, unsigned region, uint64_t
 void *ffs_copier_main(void *tracker);
 /* Copiers stand still while on; off starts them on whatever is in flight. */
 void ffs_copier_hold(struct ffs_tracker *t, bool on);
-/* Register every range (idempotent); waits for a release under way. */
+/* Register every range (idempotent); waits for a release under way. From here on the watchdog watches. */
 int ffs_tracker_register(struct ffs_tracker *t, struct ffs_error *err);
-/* Unregister everything in slices, unless a branch is in flight or being taken, or tracking is on. */
+/* Unregister everything in slices, unless a branch is in flight or being taken, or tracking is on (and
+ * whole).
+ */
 void ffs_tracker_release_idle(struct ffs_tracker *t);
 
 /* ---- branch.c ---- */

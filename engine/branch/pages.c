@@ -159,7 +159,7 @@ void ffs_pages_mark_writable(struct ffs_pages_region *r, uint64_t slice)
 	ffs_slice_lock(r, slice);
 	for (uint64_t c = slice * r->clusters_per_slice; c < slice_end(r, slice); c++)
 		r->writable[c] = ffs_pages_mask(r, c);
-	atomic_store_explicit(&r->dirty[slice], 1, memory_order_relaxed);
+	atomic_store(&r->dirty[slice], 1);
 	ffs_slice_unlock(r, slice);
 }
 
@@ -170,12 +170,12 @@ int ffs_pages_release_locked(struct ffs_pages_region *r, int uffd, uint64_t slic
 	uint64_t to = end * r->cluster_bytes < r->size ? end * r->cluster_bytes : r->size;
 	int e = ffs_uffd_unprotect(uffd, r->hva + from, to - from);
 
-	if (e < 0)
-		return e;
-	for (uint64_t c = first; c < end; c++)
-		r->writable[c] = ffs_pages_mask(r, c);
-	atomic_store_explicit(&r->dirty[slice], 1, memory_order_relaxed);
-	return 0;
+	/* EAGAIN: nothing was done. After another error some may be writable; those that are not are served
+	 * by the handler all the same. */
+	if (e != -EAGAIN)
+		for (uint64_t c = first; c < end; c++)
+			r->writable[c] = ffs_pages_mask(r, c);
+	return e;
 }
 
 /* Runs of writable pages as (start, length) in pages of the slice; true when there are more than `max`. */
@@ -234,7 +234,7 @@ int ffs_pages_sweep(struct ffs_pages_region *r, int uffd, uint64_t slice, uint64
 	if (e == 0) {
 		for (uint64_t c = first; !racing && c < end; c++)
 			r->writable[c] = 0;
-		atomic_store_explicit(&r->dirty[slice], 0, memory_order_relaxed);
+		atomic_store(&r->dirty[slice], 0);
 		*swept += pages;
 	}
 	if (!racing)

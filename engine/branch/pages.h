@@ -13,7 +13,12 @@
  *
  * The writable bits of a cluster change only under its lock, together with the ioctl that makes them true:
  * without that exclusion a sweep (bit := 0, protect) and the fault handler (bit := 1, unprotect) can leave a
- * page writable and not dirty, and the branch is wrong. */
+ * page writable and not dirty, and the branch is wrong. A writable bit may be set although the page is still
+ * protected (a fault then unprotects it); never the other way round.
+ *
+ * A sweep passes over a slice whose `dirty` is 0 without taking a lock. So whoever makes pages writable sets
+ * dirty first, and only then looks whether a branch needs them or a take is under way (all of it sequentially
+ * consistent): either he sees the branch, or the sweep of its take sees dirty and waits for his lock. */
 #pragma once
 
 #include <stdatomic.h>
@@ -35,8 +40,8 @@ struct ffs_pages_region {
 	unsigned clusters_per_slice;
 	_Atomic uint32_t *lock; /* per cluster: 0 free, 1 held, 2 held and waited for */
 	ffs_mask *writable;     /* per cluster, under its lock */
-	_Atomic uint8_t *dirty; /* per slice: has writable pages; set under a cluster's lock, cleared under
-				   all of the slice's */
+	_Atomic uint8_t *dirty; /* per slice: has writable pages, or is about to; set under a cluster's lock,
+				   cleared under all of the slice's */
 };
 
 struct ffs_pages {
@@ -70,8 +75,8 @@ void ffs_slice_unlock(struct ffs_pages_region *r, uint64_t slice);
  * mappings: let the event handler run and call again), or -errno; on failure the bits are what they were.
  * Takes and releases the slice's locks. */
 int ffs_pages_sweep(struct ffs_pages_region *r, int uffd, uint64_t slice, uint64_t *swept);
-/* Make a whole slice writable. Same results. The caller knows that no branch needs a page of it (see
- * tracker.c) and holds its locks. */
+/* Make a whole slice writable. Same results. The caller holds its locks, has set its dirty flag, and knew
+ * after that that no branch needs a page of it (copier.c). */
 int ffs_pages_release_locked(struct ffs_pages_region *r, int uffd, uint64_t slice);
 /* The bits alone, for a range about to be unregistered or known to have lost its protection; takes the locks.
  */

@@ -38,11 +38,31 @@ static void add_all(struct json_object *to, struct json_object *from)
 	json_object_object_foreach(from, key, value) json_object_object_add(to, key, json_object_get(value));
 }
 
+/* The value of a driver's key under another name; null when the driver did not say. */
+static void add_renamed(struct json_object *to, const char *key, struct json_object *from, const char *theirs)
+{
+	struct json_object *v = NULL;
+
+	if (from)
+		json_object_object_get_ex(from, theirs, &v);
+	json_object_object_add(to, key, json_object_get(v));
+}
+
+/* A copy, when there is something: a reference count is not for several threads. */
+static void add_copy(struct json_object *to, const char *key, struct json_object *from)
+{
+	struct json_object *copy = NULL;
+
+	if (from && json_object_deep_copy(from, &copy, NULL) == 0)
+		json_object_object_add(to, key, copy);
+}
+
 void ffs_report_phases(struct json_object *obj, const struct ffs_phases *p)
 {
 	struct json_object *ph = json_object_new_object();
 
 	add_u64(obj, "pause_ns", p->pause_ns);
+	add_u64(ph, "scan_ns", p->scan_ns);
 	add_u64(ph, "prearm_ns", p->prearm_ns);
 	add_u64(ph, "converge_ns", p->converge_ns);
 	add_u64(ph, "stop_ns", p->stop_ns);
@@ -53,6 +73,7 @@ void ffs_report_phases(struct json_object *obj, const struct ffs_phases *p)
 	json_object_object_add(obj, "phases", ph);
 	add_u64(obj, "converge_rounds", p->converge_rounds);
 	add_u64(obj, "dirty_at_pause_pages", p->dirty_at_pause);
+	json_object_object_add(obj, "priority_lent", json_object_new_boolean(p->priority_lent));
 }
 
 struct json_object *ffs_report_regions(const struct ffs_geometry *geo)
@@ -94,11 +115,15 @@ int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out)
 	add_u64(o, "pid", (uint64_t)sb->proc.pid);
 	add_str(o, "state", ffs_run_state_name(state));
 	pthread_mutex_lock(&sb->lock);
-	add_all(o, sb->vmm_desc);
+	add_str(o, "vmm", sb->vmm_kind);
+	add_renamed(o, "vmm_version", sb->vmm_desc, "version");
+	add_renamed(o, "accelerator", sb->vmm_desc, "accelerator");
+	add_renamed(o, "vmstate_kind", sb->vmm_desc, "vmstate_kind");
 	json_object_object_add(o, "attached", json_object_new_boolean(!sb->detached));
 	add_u64(o, "memory_bytes", sb->geo.memory_size);
 	json_object_object_add(o, "regions", ffs_report_regions(&sb->geo));
 	json_object_object_add(o, "tracking", json_object_new_boolean(sb->track));
+	add_copy(o, "findings", sb->findings);
 	if (sb->tracker) {
 		for (unsigned i = 0; i < FFS_SLOTS; i++)
 			in_flight += atomic_load(&sb->tracker->slots[i].branch) != NULL;
@@ -141,6 +166,7 @@ static void add_branch_head(struct json_object *o, struct ffs_branch *b)
 	add_str(o, "name", b->name[0] ? b->name : NULL);
 	add_time(o, "instant", b->instant_wall_ns);
 	add_str(o, "mode", "live");
+	add_copy(o, "torn_possible", b->torn);
 }
 
 static struct ffs_phases phases_now(struct ffs_branch *b, enum ffs_branch_state *state)
@@ -204,6 +230,7 @@ int ffs_branch_manifest(struct ffs_branch *b, struct json_object **out)
 	json_object_object_add(o, "memory", mem);
 	add_u64(vs, "size", b->vmstate_size);
 	json_object_object_add(o, "vmstate", vs);
+	add_str(vmm, "kind", b->vmm_kind);
 	add_all(vmm, b->vmm);
 	json_object_object_add(o, "vmm", vmm);
 	ffs_report_phases(o, &ph);

@@ -99,9 +99,32 @@ static int new_tracker(struct ffs_sandbox *sb, struct ffs_error *err)
 	return e;
 }
 
+/* While busy. A take that could not resume the guest has left `pausing` set, for the watchdog to act on. Who
+ * comes before it did must not take the guest for one that its owner has paused, nor make the watchdog forget
+ * it. */
+static int settle_pause(struct ffs_sandbox *sb, struct ffs_error *err)
+{
+	struct ffs_tracker *t = sb->tracker;
+
+	if (!t || !atomic_load(&t->wd->pausing) || ffs_tracker_revoked(t))
+		return 0;
+	int e = sb->vmm->ops->resume(sb->vmm, ffs_now_ns() + FFS_PAUSE_LIMIT_NS, err);
+
+	if (e == 0 || ffs_sandbox_gone(sb)) {
+		atomic_store(&t->wd->pausing, 0);
+		return 0;
+	}
+	return e;
+}
+
 /* While busy. */
 static void drop_tracker(struct ffs_sandbox *sb, const struct ffs_error *reason)
 {
+	struct ffs_error why = {0};
+
+	if (settle_pause(sb, &why) < 0)
+		ffs_log(FFS_LOG_ERROR, "%s: cannot resume the guest, tell it to continue by hand: %s",
+			sb->name, why.text);
 	pthread_mutex_lock(&sb->lock);
 	struct ffs_tracker *t = ffs_steal_ptr(&sb->tracker);
 
@@ -120,6 +143,10 @@ int ffs_sandbox_ready_tracker(struct ffs_sandbox *sb, struct ffs_tracker **out, 
 	if (ffs_sandbox_gone(sb))
 		return ffs_error_set(
 			err, ESRCH, "the VMM of %s (pid %d) has exited", sb->name, (int)sb->proc.pid);
+	int owed = settle_pause(sb, err);
+
+	if (owed < 0)
+		return owed;
 	if (sb->tracker && ffs_tracker_revoked(sb->tracker)) {
 		ffs_error_set(&why, ETIMEDOUT, "the watchdog let the guest of %s go", sb->name);
 		atomic_store(&sb->vmm->suspect, true); /* the watchdog may have talked over its duplicate */
@@ -157,6 +184,7 @@ static void sandbox_free(struct ffs_sandbox *sb)
 	if (sb->vmm)
 		sb->vmm->ops->close(sb->vmm);
 	json_object_put(sb->vmm_desc);
+	json_object_put(sb->findings);
 	pthread_cond_destroy(&sb->idle);
 	pthread_mutex_destroy(&sb->lock);
 	free(sb->name);
@@ -245,7 +273,9 @@ int ffs_sandbox_attach_driver(struct ffs_engine *engine, const struct ffs_vmm_op
 	}
 	atomic_init(&sb->refs, 1);
 	sb->engine = engine;
+	sb->vmm_kind = ops->kind;
 	sb->track = opt->track;
+	sb->force = opt->force;
 	sb->busy = true;
 	pthread_mutex_init(&sb->lock, NULL);
 	ffs_cond_init(&sb->idle);
@@ -253,6 +283,8 @@ int ffs_sandbox_attach_driver(struct ffs_engine *engine, const struct ffs_vmm_op
 	if (e == 0) {
 		sb->proc = sb->vmm->proc;
 		e = FFS_FAULT("attach");
+		if (e < 0)
+			ffs_error_errno(err, -e, "cannot attach %s", opt->name);
 	}
 	if (e == 0)
 		e = enlist(engine, sb, err);
@@ -261,6 +293,8 @@ int ffs_sandbox_attach_driver(struct ffs_engine *engine, const struct ffs_vmm_op
 		return e;
 	}
 	e = new_tracker(sb, err);
+	if (e == 0 && (e = ffs_sandbox_scan(sb, false, NULL, NULL, err)) < 0)
+		drop_tracker(sb, &(struct ffs_error){.code = -e});
 	if (e < 0) {
 		delist(engine, sb);
 		sandbox_free(sb);

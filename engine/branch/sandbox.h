@@ -11,6 +11,11 @@ void ffs_sandbox_end(struct ffs_sandbox *sb);
 /* While busy: a tracker that is not revoked and whose geometry is the VMM's of now, replacing the old one
  * where needed; a reference. */
 int ffs_sandbox_ready_tracker(struct ffs_sandbox *sb, struct ffs_tracker **out, struct ffs_error *err);
+/* While busy, with a tracker: look for other writers of the guest's memory (guest/foreign.h). -EBUSY with the
+ * sentence when there is one, unless `force` or the sandbox's own: then 0, and *torn (may be NULL) is a new
+ * array of sentences. *took_ns may be NULL. */
+int ffs_sandbox_scan(struct ffs_sandbox *sb, bool force, uint64_t *took_ns, struct json_object **torn,
+	struct ffs_error *err);
 /* The VMM process is no more. */
 bool ffs_sandbox_gone(struct ffs_sandbox *sb);
 /* A branch was taken: counters of status. */

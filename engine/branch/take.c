@@ -62,7 +62,7 @@ static int sweep(const struct take *k, bool paused, uint64_t *swept, struct ffs_
 		struct ffs_pages_region *r = &p->r[i];
 
 		for (uint64_t s = 0; s < r->n_slices; s++) {
-			if (!atomic_load_explicit(&r->dirty[s], memory_order_relaxed))
+			if (!atomic_load(&r->dirty[s])) /* after `taking`, or the slot, was set: pages.h */
 				continue;
 			int e;
 
@@ -171,6 +171,7 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 	uint64_t start = ffs_now_ns(), t0 = start;
 	int e = 0;
 
+	ffs_priority_find(&k->t->wd->lent, k->t->proc.pid);
 	ffs_copier_hold(k->t, true);
 	if (FFS_MUTANT("arm-before-pause"))
 		e = arm(k, err);
@@ -178,8 +179,10 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 		atomic_store(&k->t->wd->pausing, 1); /* before the stop: who finds it set asks the VMM */
 		atomic_fetch_add(&k->t->wd->pause_beat, 1);
 		ffs_watchdog_poke(k->t->watchdog);
+		ph->priority_lent = ffs_priority_self(1) && ffs_priority_lend(&k->t->wd->lent);
 		t0 = ffs_now_ns();
 		e = vmm->ops->pause(vmm, t0 + FFS_PAUSE_LIMIT_NS, err);
+		ffs_priority_return_vcpus(&k->t->wd->lent);
 		ph->stop_ns = ffs_now_ns() - t0;
 	}
 	if (e == 0) {
@@ -199,6 +202,8 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 		ph->resume_ns = ffs_now_ns() - t2;
 		ph->pause_ns = ffs_now_ns() - t0;
 	}
+	ffs_priority_return(&k->t->wd->lent);
+	ffs_priority_self(0);
 	if (r < 0 && e == 0)
 		e = ffs_error_set(err, why.code, "%s", why.text);
 	if (e == 0 && !k->armed)
@@ -288,8 +293,6 @@ static int run_protocol(struct take *k, struct ffs_error *err)
 		return e;
 	}
 	atomic_store(&k->t->taking, 1);
-	atomic_store(&k->t->wd->active, 1);
-	ffs_watchdog_poke(k->t->watchdog);
 	k->removes = atomic_load(&k->t->removes);
 	e = ffs_tracker_register(k->t, err);
 	if (e == 0)
@@ -341,7 +344,9 @@ int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt
 		goto out;
 	}
 	k.b->slot = slot;
-	e = run_protocol(&k, err);
+	e = ffs_sandbox_scan(sb, opt->force, &k.b->phases.scan_ns, &k.b->torn, err);
+	if (e == 0)
+		e = run_protocol(&k, err);
 	if (e < 0) {
 		if (!k.armed)
 			free_slot(k.t, slot); /* else the copier that settles it does */

@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -25,12 +26,15 @@
 #include "branch/internal.h"
 #include "uffd/uffd.h"
 
-#define BATCH 32
+#define BATCH 64
 
 /* ---- slots ---- */
 
 struct ffs_branch *ffs_slot_get(struct ffs_slot *s)
 {
+	/* most are empty: no count, and no wake-up that nobody waits for */
+	if (!atomic_load(&s->branch))
+		return NULL;
 	atomic_fetch_add(&s->users, 1);
 	struct ffs_branch *b = atomic_load(&s->branch);
 
@@ -218,11 +222,11 @@ static void serve_fault(struct handler *h, uint64_t addr)
 	uint64_t page = base + bit * r->page_size;
 
 	ffs_cluster_lock(r, cluster);
-	if (r->writable[cluster] & (1u << bit)) {
-		ffs_cluster_unlock(r, cluster);
-		ffs_uffd_wake(t->uffd, page, r->page_size); /* another fault on the page was served already */
-		return;
-	}
+	/* Before the branches are looked at: a take that fills a slot after we did sees this in its last
+	 * sweep, and waits for the lock (pages.h). */
+	atomic_store(&r->dirty[cluster / r->clusters_per_slice], 1);
+	/* A page that is writable already is served like any other: its bit says that it may be written, not
+	 * that it can be (a sweep that failed half-way, a neighbour of a discarded page). */
 	ffs_mask open = (ffs_mask)(1u << bit);
 	bool early = FFS_MUTANT("unprotect-before-copy"), needed = in_flight(t, region, cluster);
 	int e = 0;
@@ -237,14 +241,42 @@ static void serve_fault(struct handler *h, uint64_t addr)
 	if (!early)
 		e = needed ? ffs_uffd_unprotect(t->uffd, base, ffs_pages_bytes(r, cluster))
 			   : ffs_uffd_unprotect(t->uffd, page, r->page_size);
-	if (e == 0) {
+	if (e != -EAGAIN) /* after another error some of them may be writable */
 		r->writable[cluster] |= open;
-		atomic_store_explicit(&r->dirty[cluster / r->clusters_per_slice], 1, memory_order_relaxed);
-	}
 	ffs_cluster_unlock(r, cluster);
 	if (e < 0)
 		ffs_uffd_wake(t->uffd, page, r->page_size);
 	count_fault(t, ffs_now_ns() - start);
+}
+
+static void fail_discarded(struct ffs_branch *b, const char *what)
+{
+	ffs_branch_fail(b, EIO,
+		"the VMM of %s discarded guest memory (%s) before it was captured: turn off balloon and free "
+		"page "
+		"reporting, or branch when they are idle",
+		b->sandbox, what);
+}
+
+/* Captured pages that are holes of the image were zero when they were copied: at the branch's instant, or
+ * because they had left the mapping already, some time before we heard of it (QEMU punches a memfd before its
+ * madvise; munmap reports what is over). Nobody can tell which. */
+static void doubt_zero_pages(
+	struct ffs_tracker *t, const struct ffs_pages_region *r, uint64_t from, uint64_t to, const char *what)
+{
+	for (unsigned s = 0; s < FFS_SLOTS; s++) {
+		struct ffs_branch *b = ffs_slot_get(&t->slots[s]);
+
+		if (!b)
+			continue;
+		if (!ffs_branch_failed(b)) {
+			off_t hole = lseek(b->image.fd, (off_t)(r->offset + from), SEEK_HOLE);
+
+			if (hole >= 0 && (uint64_t)hole < r->offset + to)
+				fail_discarded(b, what);
+		}
+		ffs_slot_put(&t->slots[s]);
+	}
 }
 
 /* Pages left the mapping (balloon, MADV_DONTNEED, munmap, mremap): their old bytes are gone, the protection
@@ -261,25 +293,25 @@ static void serve_removal(struct ffs_tracker *t, uint64_t from, uint64_t to, con
 			 z = to - r->hva < r->size ? to - r->hva : r->size;
 
 		for (uint64_t c = a / r->cluster_bytes; c * r->cluster_bytes < z; c++) {
+			ffs_cluster_lock(r, c);
+			/* first, as in serve_fault(): a branch that is armed behind our back sweeps it again
+			 */
+			atomic_store(&r->dirty[c / r->clusters_per_slice], 1);
 			for (unsigned s = 0; s < FFS_SLOTS; s++) {
 				struct ffs_branch *b = ffs_slot_get(&t->slots[s]);
 
 				if (!b)
 					continue;
 				if (atomic_load_explicit(&b->need[i][c], memory_order_relaxed))
-					ffs_branch_fail(b, EIO,
-						"the VMM of %s discarded guest memory (%s) before it was "
-						"captured: turn off "
-						"balloon and free page reporting, or branch when they are "
-						"idle",
-						b->sandbox, what);
+					fail_discarded(b, what);
 				ffs_slot_put(&t->slots[s]);
 			}
-			ffs_cluster_lock(r, c);
 			r->writable[c] = ffs_pages_mask(r, c);
-			atomic_store_explicit(&r->dirty[c / r->clusters_per_slice], 1, memory_order_relaxed);
 			ffs_cluster_unlock(r, c);
+			if (c % 1024 == 0) /* gigabytes at once are no standstill */
+				atomic_fetch_add(&t->wd->handler_seq, 2);
 		}
+		doubt_zero_pages(t, r, a, z, what);
 	}
 }
 
@@ -344,6 +376,7 @@ static void *handler_main(void *arg)
 			}
 		}
 		atomic_fetch_add(&t->wd->handler_seq, 1); /* even: idle */
+		atomic_fetch_add(&t->rounds, 1);
 		if (p[0].revents & (POLLERR | POLLHUP | POLLNVAL))
 			p[0].fd = -1;
 	}
@@ -352,10 +385,32 @@ static void *handler_main(void *arg)
 
 /* ---- life ---- */
 
+void ffs_tracker_fence(struct ffs_tracker *t)
+{
+	uint64_t seq = atomic_load(&t->wd->handler_seq), rounds = atomic_load(&t->rounds);
+	struct pollfd p = {.fd = t->uffd, .events = POLLIN};
+
+	/* nothing queued while the handler slept */
+	if (!(seq & 1) && poll(&p, 1, 0) == 0 && atomic_load(&t->wd->handler_seq) == seq)
+		return;
+	/* the second round from now began after now, and reads what was queued */
+	while (atomic_load(&t->rounds) - rounds < 2 && !ffs_tracker_revoked(t) && !atomic_load(&t->gone)) {
+		if (!(atomic_load(&t->wd->handler_seq) & 1) && poll(&p, 1, 0) == 0 &&
+			atomic_load(&t->rounds) != rounds)
+			return;
+		sched_yield();
+	}
+}
+
 int ffs_tracker_follow_socket(struct ffs_tracker *t, struct ffs_vmm *vmm, struct ffs_error *err)
 {
 	if (vmm->socket_generation == t->socket_generation)
 		return 0;
+	/* A replacement begins a new life of the watchdog's slot. This one is over, and everybody who has a
+	 * branch in flight must see so. */
+	if (ffs_tracker_revoked(t))
+		return ffs_error_set(
+			err, ETIMEDOUT, "the watchdog let process %d go: try again", (int)t->proc.pid);
 	int e = ffs_watchdog_replace(t->watchdog, t->wd, t->uffd, vmm->ops->socket(vmm), &t->geo, err);
 
 	if (e == 0)
