@@ -1,0 +1,225 @@
+/* The inside of the daemon: its state, the objects behind the tree, and the rules for locks.
+ *
+ * One lock, the *tree lock* (fs->lock), guards everything here that is not atomic or fixed. It is held for
+ * short, never across I/O, a reply, a notification to the kernel or an engine call that may wait. Below it:
+ * the reaper's, the pool's and the engine's own locks. libfuse's request lock is above it (an interrupt
+ * handler runs under that): so no libfuse function that takes it (fuse_req_interrupt_func) is called with the
+ * tree lock held. */
+#pragma once
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/stat.h>
+
+#include <fuse_lowlevel.h>
+
+#include "caller.h"
+#include "forkfs-engine.h"
+#include "fs.h"
+#include "generation.h"
+#include "list.h"
+#include "passthrough.h"
+#include "work.h"
+
+struct ffs_events;
+struct ffs_node;
+struct ffs_handle;
+struct ffs_sentences;
+
+/* A request that threads claim from each other before they act for it or answer it (park.h). */
+struct ffs_parked;
+
+/* A branch with those who wait for it. Shared by a generation or a name, and by the open handles on it: an
+ * image's memory is free when the last of them is gone. */
+struct ffs_shot {
+	atomic_uint refs;
+	struct ffs_fs *fs;
+	struct ffs_branch *branch;
+	struct ffs_branch_watch watch;
+	struct ffs_work settle_work, free_work;
+	uint64_t memory_size, vmstate_size, time_ns; /* fixed */
+	struct ffs_sbx *sbx;                         /* referenced */
+	/* tree lock: */
+	enum ffs_branch_state state; /* as clients see it: changes before any waiter is answered */
+	struct ffs_error failure;    /* while FAILED */
+	char *manifest;              /* once READY; NULL if it could not be made */
+	size_t manifest_len;
+	struct ffs_list waiters; /* struct ffs_waiter: until it is no longer WRITING */
+	struct ffs_named *named; /* its name, while it has one; not referenced */
+	struct ffs_live *live;   /* its generation, while that lives; not referenced */
+};
+
+/* Called once with the tree lock NOT held, on the reaper's thread, when the shot is no longer WRITING. */
+struct ffs_waiter {
+	struct ffs_list link;
+	void (*settled)(struct ffs_waiter *w, struct ffs_shot *shot);
+};
+
+/* What a generation reads from: the payload (data) of a struct ffs_gen. Tree lock. */
+struct ffs_live {
+	unsigned refs; /* of the generation, nodes and handles */
+	uint64_t serial;
+	struct ffs_sbx *sbx;   /* referenced */
+	struct ffs_gen *gen;   /* NULL: ended */
+	struct ffs_shot *shot; /* referenced; NULL: being taken, or ended */
+	bool taking;
+	char *key;
+	struct ffs_list openers;        /* struct ffs_parked: wait for the branch to be taken */
+	struct ffs_cancel *cancel;      /* of the take */
+	uint64_t vmstate_size, time_ns; /* remembered for nodes that outlive the image */
+};
+
+/* branches/NAME. Tree lock. */
+struct ffs_named {
+	unsigned refs;
+	uint64_t serial;
+	char name[80];
+	struct ffs_sbx *sbx;   /* referenced */
+	struct ffs_shot *shot; /* referenced; NULL: being taken (then the name is only reserved) or removed */
+	bool removed;
+	uint64_t vmstate_size, memory_size, time_ns;
+	struct ffs_list link;  /* in sbx->branches */
+	struct ffs_list waits; /* struct ffs_parked: reads of `wait` */
+};
+
+/* One directory of the mount's root. It outlives its VM as long as it has branches. Tree lock. */
+struct ffs_sbx {
+	unsigned refs;
+	uint64_t serial;
+	char name[80]; /* fixed */
+	struct ffs_fs *fs;
+	struct ffs_sandbox *engine; /* referenced; NULL: detached */
+	bool attaching;             /* the name is reserved */
+	bool detaching;
+	bool removed; /* no longer in the root directory */
+	bool exited;
+	int pidfd; /* of the VMM, polled by the reaper; -1 */
+	pid_t pid; /* of the VMM; 0: none */
+	uint64_t memory_size, attached_ns /* wall clock */, changed_ns;
+	uid_t uid;
+	gid_t gid;
+	bool writable;     /* by its owner */
+	char *last_status; /* JSON, of before the detach */
+	struct ffs_gen_table *gens;
+	struct ffs_list branches; /* struct ffs_named */
+	unsigned n_branches;
+	struct ffs_list link; /* in fs->sandboxes */
+};
+
+/* OPEN is tried twice by the kernel when the answer is ESTALE: what the second try must be told. */
+enum ffs_retry { FFS_RETRY_NONE, FFS_RETRY_WRITER, FFS_RETRY_NODE, FFS_RETRY_TORN };
+#define FFS_RETRIES 256
+
+struct ffs_counters {
+	atomic_ullong requests, reads, read_bytes, generations, named, attaches, refused, errors, interrupted,
+		limited;
+};
+
+struct ffs_fs {
+	struct ffs_mount_options opt; /* fixed */
+	struct ffs_engine *engine;    /* fixed */
+	struct fuse_session *se;      /* fixed */
+	struct ffs_passthrough pass;
+	struct ffs_pool *pool;     /* fixed */
+	struct ffs_reaper *reaper; /* fixed */
+	uid_t uid;                 /* of the mounting user, fixed */
+	gid_t gid;
+	uint64_t mounted_ns; /* wall clock, fixed */
+	int mount_id;        /* of our mount in our namespace, as fdinfo names it; 0: not known */
+	dev_t mount_dev;
+	struct ffs_counters count;
+
+	pthread_mutex_t lock;
+	struct ffs_list sandboxes;
+	struct ffs_list owed; /* pair tables of sandboxes that are gone, by name: tree.c */
+	unsigned n_owed;
+	uint64_t next_serial;
+	struct ffs_nodes *nodes;
+	struct ffs_handles *handles;
+	struct ffs_events *events;
+	struct ffs_sentences *sentences;
+	struct {
+		pid_t tid;
+		uint64_t ino;
+		enum ffs_retry why;
+		uint64_t at_ns;
+	} retries[FFS_RETRIES];
+	unsigned next_retry;
+	bool closing;
+	uint64_t shutdown_at_ns; /* 0: not asked for */
+};
+
+/* A request being handled. */
+struct ffs_call {
+	struct ffs_fs *fs;
+	fuse_req_t req;
+	struct ffs_caller who;
+};
+
+/* ---- tree.c: objects. Tree lock held unless said otherwise
+ * ------------------------------------------------------- */
+
+struct ffs_sbx *ffs_tree_find(struct ffs_fs *fs, const char *name);
+/* A new sandbox directory that is not yet in the tree's root: ffs_tree_add. One reference, the caller's.
+ * NULL: no memory. */
+struct ffs_sbx *ffs_sbx_new(struct ffs_fs *fs, const char *name);
+void ffs_tree_add(struct ffs_fs *fs, struct ffs_sbx *sbx);
+/* Out of the root when it has neither VM nor branch. True: it was removed. */
+bool ffs_tree_drop_empty(struct ffs_fs *fs, struct ffs_sbx *sbx);
+struct ffs_sbx *ffs_sbx_ref(struct ffs_sbx *sbx);
+void ffs_sbx_unref(struct ffs_sbx *sbx);
+/* "running" | "paused" | "exited" | "detached" */
+const char *ffs_sbx_state(struct ffs_sbx *sbx);
+
+struct ffs_named *ffs_named_find(struct ffs_sbx *sbx, const char *name);
+/* Reserve a name: in the list, without a shot. */
+struct ffs_named *ffs_named_new(struct ffs_sbx *sbx, const char *name);
+struct ffs_named *ffs_named_ref(struct ffs_named *n);
+void ffs_named_unref(struct ffs_named *n);
+/* Out of its list; drops the shot. */
+void ffs_named_remove(struct ffs_named *n);
+
+struct ffs_live *ffs_live_new(struct ffs_sbx *sbx, const char *key);
+struct ffs_live *ffs_live_ref(struct ffs_live *l);
+void ffs_live_unref(struct ffs_live *l);
+/* For ffs_gen_sweep and ffs_gen_end_all: the generation is over. data: struct ffs_live. */
+void ffs_live_ended(void *data, void *arg);
+
+/* Takes over the reference on branch; without the tree lock. NULL: no memory (the branch is released). */
+struct ffs_shot *ffs_shot_new(struct ffs_sbx *sbx, struct ffs_branch *branch);
+/* Begin to watch the branch: after the shot was published. Without the tree lock. */
+void ffs_shot_watch(struct ffs_shot *s);
+/* Any locks held; the last one frees in the pool. */
+struct ffs_shot *ffs_shot_ref(struct ffs_shot *s);
+void ffs_shot_unref(struct ffs_shot *s);
+
+/* ---- serve.c: answers
+ * ------------------------------------------------------------------------------------------- */
+
+struct ffs_node_key;
+
+struct ffs_sentences *ffs_sentences_new(void);
+void ffs_sentences_free(struct ffs_sentences *s);
+/* The last sentence for that caller about a directory: of its session, else of its user. 0 and a copy, or
+ * -ENODATA. Takes the tree lock. */
+int ffs_sentence_get(struct ffs_fs *fs, const struct ffs_caller *who, uint64_t dir_ino, char out[512]);
+/* Answer with an error and leave the sentence where the caller finds it: user.forkfs.error of the directory
+ * `dir_ino`, and the log. Without the tree lock. err->text may be empty: then nothing is left. `code` is a
+ * positive errno; ENOSYS, which the kernel would remember for good, becomes EOPNOTSUPP. */
+void ffs_reply_failure(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller *who, uint64_t dir_ino,
+	int code, const struct ffs_error *err);
+/* The same without answering. */
+void ffs_note_failure(
+	struct ffs_fs *fs, const struct ffs_caller *who, uint64_t dir_ino, const struct ffs_error *err);
+/* Answer LOOKUP or MKDIR with the node of a key, and count the lookup. Without the tree lock. */
+void ffs_reply_node(struct ffs_call *call, fuse_req_t req, const struct ffs_node_key *key,
+	struct ffs_sbx *sbx, struct ffs_named *named, struct ffs_live *live);
+/* The same with a node that the caller found and references; the reference is taken over. */
+void ffs_reply_entry(struct ffs_fs *fs, fuse_req_t req, struct ffs_node *node);
+
+/* What the second try of an OPEN must be told (tree lock held). */
+void ffs_retry_note(struct ffs_fs *fs, pid_t tid, uint64_t ino, enum ffs_retry why);
+enum ffs_retry ffs_retry_peek(struct ffs_fs *fs, pid_t tid, uint64_t ino);
+enum ffs_retry ffs_retry_take(struct ffs_fs *fs, pid_t tid, uint64_t ino);

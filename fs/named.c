@@ -1,0 +1,293 @@
+/* Owns the life of named branches: reserve, take, publish, rename, remove.
+ *
+ * Threads: tasks in the pool. The kernel holds the lock of branches/ while mkdir, rmdir and rename are under
+ * way, so a mkdir is bounded by a second and the others never wait for a VMM; an interrupted client is
+ * answered at once and a branch that comes too late is dropped. */
+#include "named.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/fault.h"
+#include "base/log.h"
+#include "base/util.h"
+#include "data.h"
+#include "events.h"
+#include "nodes.h"
+#include "park.h"
+
+/* The lock of branches/ is held meanwhile: `ls` of it hangs. */
+#define MKDIR_NS FFS_NS_PER_S
+
+int ffs_named_reserve(struct ffs_sbx *sbx, const char *name, const struct ffs_caller *who,
+	struct ffs_named **out, struct ffs_error *err)
+{
+	struct ffs_named *n;
+
+	if (!sbx->engine || sbx->detaching || sbx->removed)
+		return ffs_error_set(err, ESRCH, "sandbox '%s' has no VM: it was detached", sbx->name);
+	if (sbx->exited)
+		return ffs_error_set(err, ESRCH, "the VM of sandbox '%s' has exited", sbx->name);
+	if (who->tgid && who->tgid == sbx->pid)
+		return ffs_error_set(err, EDEADLK,
+			"process %d is the VM of '%s' itself: it would wait for its own pause",
+			(int)who->tgid, sbx->name);
+	n = ffs_named_find(sbx, name);
+	if (n && !n->shot)
+		return ffs_error_set(err, EBUSY, "branch '%s' of '%s' is just being taken", name, sbx->name);
+	if (n)
+		return ffs_error_set(err, EEXIST, "sandbox '%s' has a branch '%s' already", sbx->name, name);
+	n = ffs_named_new(sbx, name);
+	if (!n)
+		return ffs_error_set(err, ENOMEM, "no memory");
+	*out = n;
+	return 0;
+}
+
+static void publish(struct ffs_named *n, struct ffs_shot *s)
+{
+	n->shot = s;
+	n->memory_size = s->memory_size;
+	n->vmstate_size = s->vmstate_size;
+	n->time_ns = s->time_ns;
+	n->sbx->changed_ns = ffs_wall_ns();
+	s->named = n;
+	ffs_event(n->sbx->fs, "branch", n->sbx->name, n->name, ffs_branch_id(s->branch), NULL);
+}
+
+static int take(struct ffs_named *n, uint64_t timeout_ns, struct ffs_cancel *cancel, struct ffs_shot **out,
+	struct ffs_error *err)
+{
+	struct ffs_fs *fs = n->sbx->fs;
+	struct ffs_branch_options opt = {.name = n->name, .timeout_ns = timeout_ns};
+	struct ffs_branch *branch = NULL;
+	struct ffs_sandbox *engine;
+	int r = FFS_FAULT("fs-mkdir");
+
+	if (r < 0)
+		return r;
+	pthread_mutex_lock(&fs->lock);
+	engine = n->sbx->engine ? ffs_sandbox_ref(n->sbx->engine) : NULL;
+	pthread_mutex_unlock(&fs->lock);
+	if (!engine)
+		return ffs_error_set(err, ESRCH, "sandbox '%s' was detached", n->sbx->name);
+	r = ffs_branch_take(engine, &opt, cancel, &branch, err);
+	ffs_sandbox_unref(engine);
+	if (r < 0)
+		return r;
+	*out = ffs_shot_new(n->sbx, branch);
+	return *out ? 0 : ffs_error_set(err, ENOMEM, "no memory for the branch");
+}
+
+int ffs_named_take(struct ffs_named *n, uint64_t timeout_ns, struct ffs_cancel *cancel,
+	bool (*wanted)(void *arg), void *arg, struct ffs_error *err)
+{
+	struct ffs_fs *fs = n->sbx->fs;
+	struct ffs_shot *s = NULL, *watch = NULL;
+	int r = take(n, timeout_ns, cancel, &s, err);
+
+	if (r == -EAGAIN && timeout_ns == MKDIR_NS && err)
+		snprintf(err->text, sizeof(err->text),
+			"no branch within 1 s, the bound of mkdir (it locks the directory): write "
+			"{\"branch\":{\"name\":\"%s\"}} to the sandbox's ctl, which waits longer",
+			n->name);
+	pthread_mutex_lock(&fs->lock);
+	if (!r && !wanted(arg))
+		r = ffs_error_set(err, EINTR, "branch '%s' was given up by its client", n->name);
+	if (!r) {
+		publish(n, s);
+		watch = ffs_shot_ref(s);
+	} else {
+		struct ffs_sbx *sbx = n->sbx;
+
+		ffs_named_remove(n);
+		ffs_tree_drop_empty(fs, sbx);
+	}
+	pthread_mutex_unlock(&fs->lock);
+	if (watch) {
+		ffs_shot_watch(watch);
+		ffs_shot_unref(watch);
+		atomic_fetch_add(&fs->count.named, 1);
+	} else if (s) {
+		ffs_shot_unref(s);
+	}
+	return r;
+}
+
+/* ---- mkdir
+ * -------------------------------------------------------------------------------------------------------------
+ */
+
+static bool task_wanted(void *arg)
+{
+	return ffs_parked_claim(((struct ffs_task *)arg)->p);
+}
+
+static void mkdir_task(struct ffs_task *t)
+{
+	struct ffs_fs *fs = t->call.fs;
+	struct ffs_named *n = NULL;
+	struct ffs_error err = {0};
+	uint64_t dir_ino = ffs_node_dir_ino(t->node);
+	int r = ffs_check_name("branch", t->name, &err);
+
+	pthread_mutex_lock(&fs->lock);
+	if (!r)
+		r = ffs_named_reserve(t->node->sbx, t->name, &t->call.who, &n, &err);
+	pthread_mutex_unlock(&fs->lock);
+	if (!r)
+		r = ffs_named_take(n, MKDIR_NS, t->p->cancel, task_wanted, t, &err);
+	if (!r) {
+		struct ffs_node_key key = {.kind = FFS_KIND_NAMED, .object = n->serial};
+
+		ffs_reply_node(&t->call, ffs_parked_req(t->p), &key, n->sbx, n, NULL);
+	} else if (ffs_task_claim(t)) {
+		ffs_reply_failure(fs, ffs_parked_req(t->p), &t->call.who, dir_ino, -r, &err);
+	}
+	pthread_mutex_lock(&fs->lock);
+	ffs_named_unref(n);
+	pthread_mutex_unlock(&fs->lock);
+}
+
+void ffs_named_mkdir(struct ffs_call *call, struct ffs_node *dir, const char *name)
+{
+	ffs_caller_of(call->req, &call->who);
+	struct ffs_task *t = ffs_task_new(call, true);
+
+	if (!t)
+		return;
+	snprintf(t->name, sizeof(t->name), "%s", name);
+	pthread_mutex_lock(&call->fs->lock);
+	t->node = ffs_node_ref(dir);
+	pthread_mutex_unlock(&call->fs->lock);
+	ffs_task_start(t, mkdir_task);
+}
+
+/* ---- rmdir
+ * -------------------------------------------------------------------------------------------------------------
+ */
+
+static void rmdir_task(struct ffs_task *t)
+{
+	struct ffs_fs *fs = t->call.fs;
+	struct ffs_sbx *sbx = t->node->sbx;
+	struct ffs_error err = {0};
+	struct ffs_inval inval = {0};
+	struct ffs_list waits;
+	int r = FFS_FAULT("fs-rmdir");
+
+	ffs_list_init(&waits);
+	pthread_mutex_lock(&fs->lock);
+	/* once it is removed no signal may take the answer back */
+	bool mine = ffs_parked_claim(t->p);
+
+	if (mine && !r) {
+		struct ffs_named *n = ffs_named_find(sbx, t->name);
+
+		if (!n || !n->shot) {
+			r = ffs_error_set(&err, n ? EBUSY : ENOENT,
+				n ? "branch '%s' is just being taken" : "there is no branch '%s'", t->name);
+		} else {
+			ffs_event(fs, "removed", sbx->name, n->name, ffs_branch_id(n->shot->branch), NULL);
+			ffs_parked_claim_all(&n->waits, &waits);
+			ffs_named_remove(n);
+			if (ffs_tree_drop_empty(fs, sbx))
+				ffs_inval_collect(fs, sbx, &inval);
+		}
+	}
+	pthread_mutex_unlock(&fs->lock);
+	if (!mine)
+		return;
+	ffs_wait_answer_all(&waits, -ENOENT, NULL);
+	if (r < 0)
+		ffs_reply_failure(
+			fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, &err);
+	else
+		fuse_reply_err(ffs_parked_req(t->p), 0);
+	/* after the answer: the kernel holds the lock of branches/ until then */
+	ffs_inval_send(fs, &inval);
+	ffs_polls_check(fs);
+}
+
+void ffs_named_rmdir(struct ffs_call *call, struct ffs_node *dir, const char *name)
+{
+	struct ffs_task *t = ffs_task_new(call, false);
+
+	if (!t)
+		return;
+	snprintf(t->name, sizeof(t->name), "%s", name);
+	pthread_mutex_lock(&call->fs->lock);
+	t->node = ffs_node_ref(dir);
+	pthread_mutex_unlock(&call->fs->lock);
+	ffs_task_start(t, rmdir_task);
+}
+
+/* ---- rename
+ * ------------------------------------------------------------------------------------------------------------
+ */
+
+static int rename_locked(struct ffs_task *t, struct ffs_error *err)
+{
+	struct ffs_sbx *sbx = t->node->sbx;
+	struct ffs_named *n = ffs_named_find(sbx, t->name), *other = ffs_named_find(sbx, t->name2);
+
+	if (!n)
+		return ffs_error_set(err, ENOENT, "there is no branch '%s'", t->name);
+	if (!n->shot || (other && !other->shot))
+		return ffs_error_set(
+			err, EBUSY, "branch '%s' is just being taken", n->shot ? t->name2 : t->name);
+	if (n == other)
+		return 0;
+	if (other)
+		return ffs_error_set(err, t->flags & RENAME_NOREPLACE ? EEXIST : ENOTEMPTY,
+			"sandbox '%s' has a branch '%s' already: rmdir it first", sbx->name, t->name2);
+	snprintf(n->name, sizeof(n->name), "%.79s", t->name2);
+	sbx->changed_ns = ffs_wall_ns();
+	return 0;
+}
+
+static void rename_task(struct ffs_task *t)
+{
+	struct ffs_fs *fs = t->call.fs;
+	struct ffs_error err = {0};
+	int r = FFS_FAULT("fs-rename");
+
+	if (!r)
+		r = ffs_check_name("branch", t->name2, &err);
+	if (!r && (t->flags & ~(unsigned)RENAME_NOREPLACE))
+		r = ffs_error_set(&err, EINVAL, "branches can't be exchanged");
+	if (!r && t->node->sbx != t->node2->sbx)
+		r = ffs_error_set(
+			&err, EPERM, "a branch belongs to its sandbox: it can't be moved to another");
+	pthread_mutex_lock(&fs->lock);
+	bool mine = ffs_parked_claim(t->p);
+
+	if (mine && !r)
+		r = rename_locked(t, &err);
+	pthread_mutex_unlock(&fs->lock);
+	if (!mine)
+		return;
+	if (r < 0)
+		ffs_reply_failure(
+			fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, &err);
+	else
+		fuse_reply_err(ffs_parked_req(t->p), 0);
+}
+
+void ffs_named_rename(struct ffs_call *call, struct ffs_node *dir, const char *name, struct ffs_node *newdir,
+	const char *newname, unsigned flags)
+{
+	struct ffs_task *t = ffs_task_new(call, false);
+
+	if (!t)
+		return;
+	snprintf(t->name, sizeof(t->name), "%s", name);
+	snprintf(t->name2, sizeof(t->name2), "%s", newname);
+	t->flags = flags;
+	pthread_mutex_lock(&call->fs->lock);
+	t->node = ffs_node_ref(dir);
+	t->node2 = ffs_node_ref(newdir);
+	pthread_mutex_unlock(&call->fs->lock);
+	ffs_task_start(t, rename_task);
+}
