@@ -30,12 +30,23 @@ static void add_time(struct json_object *obj, const char *key, uint64_t wall_ns)
 	add_str(obj, key, text);
 }
 
+/* A copy of a value that other threads may be reading: json-c counts references without atomics, so it cannot
+ * be shared. NULL for NULL. */
+static struct json_object *copy_of(struct json_object *v)
+{
+	struct json_object *copy = NULL;
+
+	if (v && json_object_deep_copy(v, &copy, NULL) < 0)
+		return NULL; /* out of memory: the key says null */
+	return copy;
+}
+
 /* Copy every key of `from` into `to`. */
 static void add_all(struct json_object *to, struct json_object *from)
 {
 	if (!from)
 		return;
-	json_object_object_foreach(from, key, value) json_object_object_add(to, key, json_object_get(value));
+	json_object_object_foreach(from, key, value) json_object_object_add(to, key, copy_of(value));
 }
 
 /* The value of a driver's key under another name; null when the driver did not say. */
@@ -45,16 +56,7 @@ static void add_renamed(struct json_object *to, const char *key, struct json_obj
 
 	if (from)
 		json_object_object_get_ex(from, theirs, &v);
-	json_object_object_add(to, key, json_object_get(v));
-}
-
-/* A copy, when there is something: a reference count is not for several threads. */
-static void add_copy(struct json_object *to, const char *key, struct json_object *from)
-{
-	struct json_object *copy = NULL;
-
-	if (from && json_object_deep_copy(from, &copy, NULL) == 0)
-		json_object_object_add(to, key, copy);
+	json_object_object_add(to, key, copy_of(v));
 }
 
 void ffs_report_phases(struct json_object *obj, const struct ffs_phases *p)
@@ -123,7 +125,8 @@ int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out)
 	add_u64(o, "memory_bytes", sb->geo.memory_size);
 	json_object_object_add(o, "regions", ffs_report_regions(&sb->geo));
 	json_object_object_add(o, "tracking", json_object_new_boolean(sb->track));
-	add_copy(o, "findings", sb->findings);
+	if (sb->findings)
+		json_object_object_add(o, "findings", copy_of(sb->findings));
 	if (sb->tracker) {
 		for (unsigned i = 0; i < FFS_SLOTS; i++)
 			in_flight += atomic_load(&sb->tracker->slots[i].branch) != NULL;
@@ -166,7 +169,8 @@ static void add_branch_head(struct json_object *o, struct ffs_branch *b)
 	add_str(o, "name", b->name[0] ? b->name : NULL);
 	add_time(o, "instant", b->instant_wall_ns);
 	add_str(o, "mode", "live");
-	add_copy(o, "torn_possible", b->torn);
+	if (b->torn)
+		json_object_object_add(o, "torn_possible", copy_of(b->torn));
 }
 
 static struct ffs_phases phases_now(struct ffs_branch *b, enum ffs_branch_state *state)
