@@ -83,6 +83,7 @@ struct ffs_tracker {
 	pthread_t handler, copiers[FFS_COPIERS];
 	unsigned n_copiers;
 	bool handler_started;
+	_Atomic bool handler_rt; /* it has real-time priority */
 };
 
 enum ffs_branch_fail { FFS_FAIL_NONE, FFS_FAIL_SETTING, FFS_FAIL_SET };

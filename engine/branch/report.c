@@ -110,6 +110,7 @@ int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out)
 	enum ffs_run_state state = ffs_sandbox_state(sb);
 	unsigned in_flight = 0;
 	uint64_t faults = 0, fault_max = 0;
+	bool realtime = false;
 
 	if (!o)
 		return -ENOMEM;
@@ -130,9 +131,11 @@ int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out)
 	if (sb->tracker) {
 		for (unsigned i = 0; i < FFS_SLOTS; i++)
 			in_flight += atomic_load(&sb->tracker->slots[i].branch) != NULL;
+		realtime = atomic_load(&sb->tracker->handler_rt);
 		faults = atomic_load(&sb->tracker->faults);
 		fault_max = atomic_load(&sb->tracker->fault_max_ns);
 	}
+	json_object_object_add(o, "handler_realtime", json_object_new_boolean(realtime));
 	add_u64(o, "in_flight", in_flight);
 	add_u64(o, "faults", faults);
 	add_u64(o, "fault_max_ns", fault_max);

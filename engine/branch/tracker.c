@@ -345,6 +345,9 @@ static void *handler_main(void *arg)
 	struct uffd_msg msgs[BATCH];
 
 	prctl(PR_SET_NAME, "forkfs-fault");
+	/* a vCPU waits for every fault: before copiers, readers and whatever else runs here; bounded work
+	 * each time */
+	t->handler_rt = ffs_priority_self(2);
 	h.buf = t->fault_buf;
 	struct pollfd p[3] = {{.fd = t->uffd, .events = POLLIN}, {.fd = t->event, .events = POLLIN},
 		{.fd = t->pidfd, .events = POLLIN}};
