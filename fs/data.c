@@ -292,7 +292,7 @@ static void wait_for_shot(struct ffs_call *call, struct ffs_handle *h, bool sync
 	ffs_parked_unref(p);
 }
 
-void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uint64_t off)
+void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uint64_t off, int flags)
 {
 	struct ffs_fs *fs = call->fs;
 	enum ffs_kind kind = h->node->key.kind;
@@ -302,9 +302,14 @@ void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uin
 	pthread_mutex_lock(&fs->lock);
 	if (h->live && h->live->gen)
 		ffs_gen_touch(h->live->gen, ffs_now_ns());
+	bool writing = h->shot->state == FFS_BRANCH_WRITING;
+
 	pthread_mutex_unlock(&fs->lock);
 	if (kind == FFS_KIND_LIVE_MANIFEST || kind == FFS_KIND_NAMED_MANIFEST) {
-		wait_for_shot(call, h, false, size, off);
+		if (writing && (flags & O_NONBLOCK))
+			fuse_reply_err(call->req, EAGAIN);
+		else
+			wait_for_shot(call, h, false, size, off);
 		return;
 	}
 	char *buf = worker_buffer();

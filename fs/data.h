@@ -13,7 +13,7 @@ void ffs_named_open(struct ffs_call *call, struct ffs_node *node, int flags);
 /* Refuse an open that writes: 0 or a positive errno with the sentence. */
 int ffs_data_check_open(struct ffs_node *node, int flags, struct ffs_error *err);
 
-void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uint64_t off);
+void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uint64_t off, int flags);
 void ffs_data_fsync(struct ffs_call *call, struct ffs_handle *h);
 void ffs_wait_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uint64_t off, int flags);
 /* Answer claimed reads of `wait`: r 0: ready; -EIO with the reason; -ENOENT: removed. Without the tree lock.

@@ -136,6 +136,9 @@ static void run_take(struct ffs_work *w)
 
 	pthread_mutex_lock(&fs->lock);
 	l->taking = false;
+	/* the kernel may keep the node, and with it this object, as long as it likes: not an fd for each */
+	ffs_cancel_unref(l->cancel);
+	l->cancel = NULL;
 	if (!r && !publish(l, s))
 		r = ffs_error_set(&err, ESRCH, "sandbox '%s' was detached", l->sbx->name);
 	if (r < 0)

@@ -165,7 +165,7 @@ void ffs_op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct 
 		enum ffs_kind kind = h->node->key.kind;
 
 		if (h->shot)
-			ffs_data_read(&call, h, size, (uint64_t)off);
+			ffs_data_read(&call, h, size, (uint64_t)off, fi->flags);
 		else if (ffs_text_kind(kind))
 			read_text(&call, h, size, (uint64_t)off);
 		else if (kind == FFS_KIND_NAMED_WAIT)

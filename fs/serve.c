@@ -84,14 +84,26 @@ static bool may_log(struct ffs_sentences *s, unsigned *suppressed)
 	return true;
 }
 
+/* Names and VMMs' words get into sentences: no line of the log may be forged, no terminal spoken to. */
+static void copy_printable(char *to, size_t room, const char *from)
+{
+	size_t n = 0;
+
+	for (; from[n] && n + 1 < room; n++)
+		to[n] = (unsigned char)from[n] < 0x20 || from[n] == 0x7f ? '?' : from[n];
+	to[n] = '\0';
+}
+
 void ffs_note_failure(
 	struct ffs_fs *fs, const struct ffs_caller *who, uint64_t dir_ino, const struct ffs_error *err)
 {
 	struct ffs_sentences *s = fs->sentences;
+	char text[sizeof(s->ring[0].text)];
 	unsigned suppressed;
 
 	if (!err || !err->text[0])
 		return;
+	copy_printable(text, sizeof(text), err->text);
 	atomic_fetch_add(&fs->count.errors, 1);
 	pthread_mutex_lock(&fs->lock);
 	unsigned at = s->next++ % SENTENCES;
@@ -100,14 +112,14 @@ void ffs_note_failure(
 	s->ring[at].dir_ino = dir_ino;
 	s->ring[at].sid = who->sid;
 	s->ring[at].uid = who->uid;
-	snprintf(s->ring[at].text, sizeof(s->ring[at].text), "%s", err->text);
+	snprintf(s->ring[at].text, sizeof(s->ring[at].text), "%s", text);
 	bool log = may_log(s, &suppressed);
 
 	pthread_mutex_unlock(&fs->lock);
 	if (suppressed)
 		ffs_log(FFS_LOG_WARN, "%u more failed requests were not logged", suppressed);
 	if (log)
-		ffs_log(FFS_LOG_WARN, "uid %u pid %d: %s", (unsigned)who->uid, (int)who->tgid, err->text);
+		ffs_log(FFS_LOG_WARN, "uid %u pid %d: %s", (unsigned)who->uid, (int)who->tgid, text);
 }
 
 void ffs_reply_failure(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller *who, uint64_t dir_ino,

@@ -55,7 +55,7 @@ static int start_thread(pthread_t *thread, void *(*fn)(void *), void *arg)
 {
 	sigset_t all, old;
 
-	sigfillset(&all);
+	ffs_signals_to_block(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	int r = pthread_create(thread, NULL, fn, arg);
 

@@ -22,7 +22,7 @@
 #include "base/log.h"
 #include "base/util.h"
 
-#define MAX_RULES 32
+#define MAX_RULES 128
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
@@ -42,13 +42,19 @@ static unsigned count_pass(const char *rule)
 	unsigned n = 0;
 
 	pthread_mutex_lock(&lock);
+	unsigned place = MAX_RULES;
+
 	for (unsigned i = 0; i < MAX_RULES; i++) {
-		if (!seen[i].text[0])
-			snprintf(seen[i].text, sizeof(seen[i].text), "%s", rule);
 		if (strcmp(seen[i].text, rule) == 0) {
-			n = ++seen[i].passes;
+			place = i;
 			break;
 		}
+		if (place == MAX_RULES && (!seen[i].text[0] || strcmp(seen[i].text, " ") == 0))
+			place = i;
+	}
+	if (place < MAX_RULES) {
+		snprintf(seen[place].text, sizeof(seen[place].text), "%s", rule);
+		n = ++seen[place].passes;
 	}
 	pthread_mutex_unlock(&lock);
 	return n;
@@ -59,9 +65,9 @@ static void forget_missing(const char *file)
 {
 	pthread_mutex_lock(&lock);
 	for (unsigned i = 0; i < MAX_RULES; i++)
-		if (seen[i].text[0] && !strstr(file, seen[i].text)) {
+		if (seen[i].text[0] && strcmp(seen[i].text, " ") != 0 && !strstr(file, seen[i].text)) {
 			seen[i].passes = 0;
-			seen[i].text[0] = ' '; /* keeps its place, matches nothing */
+			seen[i].text[0] = ' '; /* free: matches nothing, taken again by the next new rule */
 			seen[i].text[1] = '\0';
 		}
 	pthread_mutex_unlock(&lock);

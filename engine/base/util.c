@@ -2,6 +2,7 @@
 #include "base/util.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -173,6 +174,15 @@ bool ffs_proc_alive(struct ffs_proc_id id)
 
 	return ffs_proc_stat(id.pid, &state, &start) == 0 && start == id.start && state != 'Z' &&
 	       state != 'X';
+}
+
+void ffs_signals_to_block(void *set)
+{
+	static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS, SIGABRT};
+
+	sigfillset(set);
+	for (unsigned i = 0; i < FFS_ARRAY_LEN(faults); i++)
+		sigdelset(set, faults[i]);
 }
 
 void ffs_uuid(char out[37])

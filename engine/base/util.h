@@ -60,6 +60,11 @@ int ffs_proc_stat(pid_t pid, char *state, uint64_t *start);
 /* True while that very process exists and is not a zombie. */
 bool ffs_proc_alive(struct ffs_proc_id id);
 
+/* Every signal but those that a fault in the thread itself raises: what a thread may block that leaves
+ * signals to others. A blocked SIGSEGV would end the process without its handler, which closes every
+ * userfaultfd first. `set` is a sigset_t. */
+void ffs_signals_to_block(void *set);
+
 /* A random (version 4) UUID as 36 characters and a NUL. */
 void ffs_uuid(char out[37]);
 

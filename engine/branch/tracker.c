@@ -189,18 +189,20 @@ static bool in_flight(struct ffs_tracker *t, unsigned region, uint64_t cluster)
 	return false;
 }
 
-/* For the mutant that copies one page late: true until a branch in flight has counted a fault. */
-static bool first_fault(struct ffs_tracker *t)
+/* For the mutant that copies one page late: true at the first fault that some branch in flight needs, once a
+ * branch. */
+static bool first_fault(struct ffs_tracker *t, unsigned region, uint64_t cluster)
 {
 	bool first = false;
 
 	for (unsigned i = 0; i < FFS_SLOTS; i++) {
 		struct ffs_branch *b = ffs_slot_get(&t->slots[i]);
 
-		if (b) {
-			first |= atomic_load(&b->faults) == 0;
-			ffs_slot_put(&t->slots[i]);
-		}
+		if (!b)
+			continue;
+		if (atomic_load(&b->need[region][cluster]))
+			first |= atomic_exchange(&b->late, 1) == 0;
+		ffs_slot_put(&t->slots[i]);
 	}
 	return first;
 }
@@ -235,7 +237,7 @@ static void serve_fault(struct handler *h, uint64_t addr)
 		open = (ffs_mask)(ffs_pages_mask(r, cluster) & ~r->writable[cluster]);
 	if (early)
 		e = ffs_uffd_unprotect(t->uffd, base, ffs_pages_bytes(r, cluster));
-	if (needed && !(FFS_MUTANT("late-page") && first_fault(t)))
+	if (needed && !(FFS_MUTANT("late-page") && first_fault(t, region, cluster)))
 		ffs_tracker_capture_locked(t, region, cluster, h->buf);
 	/* Only now, with the bytes in the images (or their branches failed), may the guest write. */
 	if (!early)

@@ -153,7 +153,7 @@ static int start_workers(struct ffs_walk *w, int iter, bool mappings)
 	sigset_t all, old;
 	int e = 0;
 
-	sigfillset(&all);
+	ffs_signals_to_block(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	for (unsigned i = 0; i < want && e == 0; i++) {
 		struct worker *me = malloc(sizeof(*me));

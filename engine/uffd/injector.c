@@ -59,19 +59,26 @@ static int check_identity(const struct injection *in, struct ffs_error *err)
 	return 0;
 }
 
-/* PF_KTHREAD (include/linux/sched.h) in field 9 of /proc/PID/stat, which an exiting process does not have. */
-static bool is_kernel_thread(pid_t pid)
+/* include/linux/sched.h, in field 9 of /proc/TID/stat (which an exiting process does not have) */
+#define PF_KTHREAD 0x00200000u
+#define PF_IO_WORKER 0x00000010u
+#define PF_USER_WORKER 0x00004000u
+
+/* A thread that never runs user code. Also some of a VMM's own: vhost's and io_uring's workers, KVM's huge
+ * page recovery are threads of the process that stop for a tracer and then never come back from the kernel to
+ * make a call. */
+static bool runs_in_kernel(pid_t tid, unsigned which)
 {
 	char path[64];
 	_cleanup_free_ char *text = NULL;
 	unsigned flags = 0;
 
-	snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
+	snprintf(path, sizeof(path), "/proc/%d/stat", (int)tid);
 	if (ffs_read_file(path, 65536, &text, NULL) < 0)
 		return false;
 	const char *p = strrchr(text, ')');
 
-	return p && sscanf(p + 1, " %*c %*s %*s %*s %*s %*s %u", &flags) == 1 && (flags & 0x00200000);
+	return p && sscanf(p + 1, " %*c %*s %*s %*s %*s %*s %u", &flags) == 1 && (flags & which);
 }
 
 static int open_target(struct injection *in, struct ffs_error *err)
@@ -87,7 +94,7 @@ static int open_target(struct injection *in, struct ffs_error *err)
 	r = check_identity(in, err);
 	if (r)
 		return r;
-	if (!is_kernel_thread(in->id.pid))
+	if (!runs_in_kernel(in->id.pid, PF_KTHREAD))
 		return 0;
 	return ffs_error_set(err, ENOTSUP, "process %d is a kernel thread, not a VMM", (int)in->id.pid);
 }
@@ -378,7 +385,8 @@ static int try_threads(struct injection *in, struct ffs_error *err)
 	for (struct dirent *e; r == -EAGAIN && (e = readdir(dir)) != NULL;) {
 		long tid = strtol(e->d_name, NULL, 10);
 
-		if (tid <= 0 || tid > INT_MAX || tid == in->id.pid || is_vcpu((pid_t)tid))
+		if (tid <= 0 || tid > INT_MAX || tid == in->id.pid || is_vcpu((pid_t)tid) ||
+			runs_in_kernel((pid_t)tid, PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER))
 			continue;
 		if (ffs_now_ns() >= in->req->deadline_ns)
 			break;

@@ -1,5 +1,6 @@
-/* Owns nothing: the list is the caller's (in the watchdog's shared page). Called by the thread that takes a branch, and by the watchdog process for a
- * daemon that died or hangs. No locks; system calls of a microsecond each. */
+/* Owns nothing: the list is the caller's (in the watchdog's shared page). Called by the thread that takes a
+ * branch, and by the watchdog process for a daemon that died or hangs. No locks; system calls of a
+ * microsecond each. */
 #include "uffd/priority.h"
 
 #include <dirent.h>
@@ -15,8 +16,9 @@
 /* Above ordinary threads, below the kernel's own and the watchdog; a vCPU below the thread that stops it. */
 enum { PRIO_VCPU = 2, PRIO_VMM = 4, PRIO_SELF = 4 };
 
-/* QEMU names its threads only when asked to, so whatever is neither the main thread (which saves and resumes) nor Firecracker's API thread counts as
- * a vCPU: it is lent less, and gives it back once the VM has stopped. */
+/* QEMU names its threads only when asked to, so whatever is neither the main thread (which saves and resumes)
+ * nor Firecracker's API thread counts as a vCPU: it is lent less, and gives it back once the VM has stopped.
+ */
 static bool is_vcpu(pid_t pid, const char *tid)
 {
 	char path[64], *comm = NULL;
@@ -63,7 +65,7 @@ void ffs_priority_find(struct ffs_lent *l, pid_t pid)
 
 static void give_back(struct ffs_lent *l, bool vcpus_only)
 {
-	const struct sched_param ordinary = { 0 };
+	const struct sched_param ordinary = {0};
 	uint32_t n = atomic_load(&l->n);
 
 	for (uint32_t i = 0; i < n && i < FFS_LENT_THREADS; i++)
@@ -77,10 +79,11 @@ bool ffs_priority_lend(struct ffs_lent *l)
 {
 	atomic_store(&l->n, l->found);
 	for (uint32_t i = 0; i < l->found; i++) {
-		struct sched_param p = { .sched_priority = l->thread[i].vcpu ? PRIO_VCPU : PRIO_VMM };
+		struct sched_param p = {.sched_priority = l->thread[i].vcpu ? PRIO_VCPU : PRIO_VMM};
 
 		/* a child that the VMM forks meanwhile must not keep it */
-		if (sched_setscheduler(l->thread[i].tid, SCHED_RR | SCHED_RESET_ON_FORK, &p) < 0 && errno != ESRCH) {
+		if (sched_setscheduler(l->thread[i].tid, SCHED_RR | SCHED_RESET_ON_FORK, &p) < 0 &&
+			errno != ESRCH) {
 			ffs_priority_return(l);
 			return false;
 		}
@@ -101,7 +104,7 @@ void ffs_priority_return(struct ffs_lent *l)
 
 bool ffs_priority_self(int above)
 {
-	struct sched_param p = { .sched_priority = above ? PRIO_SELF + above : 0 };
+	struct sched_param p = {.sched_priority = above ? PRIO_SELF + above : 0};
 
 	return sched_setscheduler(0, above ? SCHED_RR | SCHED_RESET_ON_FORK : SCHED_OTHER, &p) == 0;
 }

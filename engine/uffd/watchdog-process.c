@@ -272,8 +272,7 @@ static void serve(const struct ffs_wd_request *q, int fds[FFS_MSG_FDS], int *rep
 		*g = (struct guarded){.used = true, .uffd = -1, .sock = -1, .remove_reply = -1};
 		take_over(g, q, fds);
 	} else if (reply.code == 0 && q->op == FFS_WD_REPLACE) {
-		take_over(g, q, fds);
-		atomic_store(&wd.shared->slots[q->slot].revoked, 0);
+		take_over(g, q, fds); /* `revoked` stays: branches of before may still be copied */
 	} else if (reply.code == 0 && q->op == FFS_WD_REMOVE) {
 		ffs_close_fd(&g->uffd);
 		g->remove_reply = ffs_steal_fd(reply_sock);

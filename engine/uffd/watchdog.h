@@ -44,7 +44,8 @@ void ffs_watchdog_stop(struct ffs_watchdog *wd);
  * has them. Any thread. */
 int ffs_watchdog_add(struct ffs_watchdog *wd, int uffd, int sock, const struct ffs_vmm_ops *ops,
 	const struct ffs_geometry *geo, struct ffs_wd_slot **out, struct ffs_error *err);
-/* Replace the duplicates of a slot (a new uffd after a revocation, a new connection); clears revoked. */
+/* Replace the duplicates of a slot (a new connection). A revoked slot stays revoked: remove it and add
+ * another. */
 int ffs_watchdog_replace(struct ffs_watchdog *wd, struct ffs_wd_slot *slot, int uffd, int sock,
 	const struct ffs_geometry *geo, struct ffs_error *err);
 /* Take it back: returns when the watchdog has closed its duplicates. */

@@ -137,11 +137,25 @@ static int choose_way(struct ffs_qemu *d, bool was_running, enum ffs_qemu_way *w
 
 /* ---- staging --------------------------------------------------------------------------------- */
 
+/* The number of our set, always the same: a daemon that dies before it removed the set leaves it behind (QEMU
+ * keeps it as long as another monitor is connected), and the next branch finds it by this. Far from the small
+ * numbers that QEMU gives out and people write. */
+#define FDSET_ID 1718580083
+
 static int stage_xen(struct ffs_qemu *d, int fd, struct ffs_error *err)
 {
-	struct json_object *ret = NULL;
-	int r = ffs_qemu_call(d, "add-fd", NULL, fd, soon(), &ret, err);
+	struct json_object *ret = NULL, *args = json_object_new_object();
+	struct ffs_error none = {0};
 
+	json_object_object_add(args, "fdset-id", json_object_new_int64(FDSET_ID));
+	int r = ffs_qemu_call(d, "remove-fd", args, -1, soon(), NULL, &none);
+
+	/* an error says that there was none; only a connection that is lost is one of ours */
+	if (r == -ESRCH || r == -ETIMEDOUT)
+		ffs_error_set(err, none.code, "%s", none.text);
+	else
+		r = ffs_qemu_call(d, "add-fd", args, fd, soon(), &ret, err);
+	json_object_put(args);
 	if (r)
 		return r;
 	int64_t id = ffs_json_int(ret, "fdset-id", -1);

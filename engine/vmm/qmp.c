@@ -463,7 +463,7 @@ static int start_reader(struct ffs_qmp *q)
 	sigset_t all, old;
 
 	/* signals are for the caller's threads */
-	sigfillset(&all);
+	ffs_signals_to_block(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	int r = -pthread_create(&q->reader, NULL, reader_main, q);
 
