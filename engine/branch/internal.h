@@ -121,7 +121,7 @@ struct ffs_branch {
 				handler too */
 	struct ffs_error failure; /* valid once failing is FFS_FAIL_SET */
 	_Atomic uint32_t finalising;
-	_Atomic uint32_t late; /* the mutant late-page has done its page */
+	_Atomic uint32_t late; /* pages that the mutant late-page left to the copier */
 
 	_Atomic int state; /* enum ffs_branch_state; changes under lock */
 	pthread_mutex_t lock;

@@ -189,8 +189,9 @@ static bool in_flight(struct ffs_tracker *t, unsigned region, uint64_t cluster)
 	return false;
 }
 
-/* For the mutant that copies one page late: true at the first fault that some branch in flight needs, once a
- * branch. */
+/* For the mutant that copies a page late: true at the first faults that a branch in flight needs. Several,
+ * because the very first is often one of the VMM's own, before the truth is read. */
+#define LATE_PAGES 8
 static bool first_fault(struct ffs_tracker *t, unsigned region, uint64_t cluster)
 {
 	bool first = false;
@@ -201,7 +202,7 @@ static bool first_fault(struct ffs_tracker *t, unsigned region, uint64_t cluster
 		if (!b)
 			continue;
 		if (atomic_load(&b->need[region][cluster]))
-			first |= atomic_exchange(&b->late, 1) == 0;
+			first |= atomic_fetch_add(&b->late, 1) < LATE_PAGES;
 		ffs_slot_put(&t->slots[i]);
 	}
 	return first;
