@@ -1,0 +1,78 @@
+#!/bin/bash
+# Make the test guest: a stock Debian kernel and an initramfs of our own programs. Nothing is installed.
+#
+# Usage: build.sh      prints the directory that then holds vmlinuz and initrd
+#
+# Everything is under ${XDG_CACHE_HOME:-~/.cache}/forkfs-test and made once; the initrd again when its sources change.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/forkfs-test
+mkdir -p "$cache"
+exec 9>"$cache/lock"
+flock 9
+
+# The name of the package that linux-image-cloud-amd64 stands for; empty when apt does not know.
+concrete_package() {
+	apt-cache depends linux-image-cloud-amd64 2>/dev/null |
+		sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -n 1
+}
+
+# The kernel that linux-image-cloud-amd64 depends on, unpacked; a kernel that is there already stays.
+kernel_tree() {
+	local tree package work
+	for tree in "$cache"/linux-image-*-cloud-amd64; do
+		if [ -d "$tree" ]; then
+			echo "$tree"
+			return
+		fi
+	done
+	package=$(concrete_package)
+	if [ -z "$package" ] && [ "$(id -u)" -eq 0 ]; then
+		apt-get -qq update >&2
+		package=$(concrete_package)
+	fi
+	if [ -z "$package" ]; then
+		echo "build.sh: apt knows no linux-image-cloud-amd64: run 'apt-get update' on a Debian 12 with its main archive" >&2
+		return 1
+	fi
+	work=$(mktemp -d "$cache/download.XXXXXX")
+	if ! (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$package" >&2 && dpkg -x "$package"_*.deb tree); then
+		rm -rf "$work"
+		echo "build.sh: cannot download the package $package with apt-get" >&2
+		return 1
+	fi
+	mv "$work/tree" "$cache/$package"
+	rm -rf "$work"
+	echo "$cache/$package"
+}
+
+tree=$(kernel_tree)
+kernel=$(ls "$tree"/boot/vmlinuz-*)
+stamp=$(cat "$here"/*.[ch] "$here/build.sh" "$tree"/boot/config-* | sha256sum | cut -c 1-16)
+out=$cache/guest-$stamp
+if [ ! -d "$out" ]; then
+	# another version of the sources may be in use beside this one
+	find "$cache" -maxdepth 1 -name 'guest-*' -mmin +1440 -exec rm -rf {} +
+	work=$(mktemp -d "$cache/build.XXXXXX")
+	trap 'rm -rf "$work"' EXIT
+	root=$work/root
+	mkdir -p "$root"/{bin,dev,proc,sys,modules} "$work/out"
+	cc -O2 -Wall -Werror -static -pthread -D_GNU_SOURCE -o "$root/init" "$here"/*.c
+	strip "$root/init"
+	for name in counter load selfcheck stall; do
+		ln "$root/init" "$root/bin/$name"
+	done
+	# in the order they are loaded: a module after those it needs
+	for name in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk; do
+		module=$(find "$tree/lib/modules" -name "$name.ko*")
+		if [ -n "$module" ]; then
+			cp "$module" "$root/modules/"
+			basename "$module" >>"$root/modules/order"
+		fi
+	done
+	(cd "$root" && find . | cpio --quiet -o -H newc >"$work/out/initrd")
+	ln -s "$kernel" "$work/out/vmlinuz"
+	mv "$work/out" "$out"
+fi
+echo "$out"

@@ -1,0 +1,217 @@
+"""Guests: a stock QEMU with a stock kernel and the programs of tests/guest."""
+
+import collections
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import time
+
+from . import console, processes, qmp
+
+GUEST_DIR = pathlib.Path(__file__).resolve().parents[2] / "guest"
+MIB = 1 << 20
+# What a program of the guest says when it has its memory and works.
+AT_WORK = {"counter": r"^tick \d+$", "load": r"^load [1-9]\d*$", "selfcheck": r"^ok \d+ \d+$"}
+
+
+def kit():
+    """The directory with vmlinuz and initrd, made by tests/guest/build.sh when it is not there yet."""
+    if "FORKFS_GUEST_KIT" not in os.environ:
+        r = subprocess.run([str(GUEST_DIR / "build.sh")], stdout=subprocess.PIPE, text=True, check=True)
+        os.environ["FORKFS_GUEST_KIT"] = r.stdout.strip()
+    return os.environ["FORKFS_GUEST_KIT"]
+
+
+def accelerator():
+    """KVM only where real hardware support is loaded: other KVMs hang a stock kernel."""
+    hardware = any(os.path.exists(f"/sys/module/{m}") for m in ("kvm_intel", "kvm_amd"))
+    return ["-accel", "kvm", "-cpu", "host"] if hardware else ["-accel", "tcg,thread=multi", "-cpu", "max"]
+
+
+class Guest:
+    """A running VM of a test.
+
+    machine   microvm or q35; by default a microvm, and q35 where there is a disk (this kernel finds none on a microvm)
+    backend   memfd (shared), ram (private) or file (a child's: private mapping of `memory`)
+    run       what the guest starts, e.g. ["counter", "load,mib=64"]
+    disk      None, "plain" or "iothread"
+    Two QMP sockets: `qmp_path` is left to forkfs; `qmp` is the test's own, which also counts events.
+    """
+
+    def __init__(self, case, name, run=("counter",), machine=None, mib=256, backend="memfd", smp=2, disk=None,
+                 memory=None, stream=None):
+        self.case, self.name, self.mib, self.smp = case, name, mib, smp
+        self.machine = machine or ("q35" if disk else "microvm")
+        self.run, self.disk_kind = list(run), disk
+        self.dir = case.dir / f"vm-{name}"
+        self.dir.mkdir()
+        self.qmp_path = str(self.dir / "qmp")
+        self.disk = None
+        self.backend = "file" if memory else backend
+        command = self._command(memory)
+        if stream:
+            command += ["-S", "-incoming", "defer", "-global", "migration.send-configuration=off"]
+        with open(self.dir / "stderr", "wb") as errors:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+        case.on_end(self.stop)
+        self.pid = self.process.pid
+        self.console = console.Console(self.process.stdout, self.dir / "console")
+        try:
+            self.qmp = qmp.Qmp(str(self.dir / "tests"))
+        except OSError as e:
+            said = (self.dir / "stderr").read_text()
+            raise AssertionError(f"QEMU did not start: {said.strip() or e}") from e
+        if stream:
+            self._incoming(stream)
+
+    def _command(self, memory):
+        size = f"{self.mib}M"
+        objects = {
+            "memfd": f"memory-backend-memfd,id=ram0,size={size},share=on",
+            "ram": f"memory-backend-ram,id=ram0,size={size},share=off",
+            "file": f"memory-backend-file,id=ram0,size={size},mem-path={memory},share=off",
+        }
+        # with ACPI a microvm under TCG has no clock that the kernel can calibrate, and often hangs at boot
+        machine = {"microvm": "microvm,acpi=off", "q35": "q35"}[self.machine]
+        kernel = kit()
+        command = ["qemu-system-x86_64", "-M", f"{machine},memory-backend=ram0",
+                   "-object", objects[self.backend], "-m", size, "-smp", str(self.smp), *accelerator(),
+                   "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+                   "-chardev", "stdio,id=con,signal=off", "-serial", "chardev:con",
+                   "-qmp", f"unix:{self.qmp_path},server=on,wait=off",
+                   "-qmp", f"unix:{self.dir}/tests,server=on,wait=off",
+                   "-kernel", f"{kernel}/vmlinuz", "-initrd", f"{kernel}/initrd",
+                   "-append", "console=ttyS0 quiet panic=-1 " + " ".join(f"run={r}" for r in self.run)]
+        if self.disk_kind:
+            self.disk = self.dir / "disk.img"
+            with open(self.disk, "wb") as f:
+                f.truncate(64 * MIB)
+            device = "virtio-blk-pci,drive=d0"
+            if self.disk_kind == "iothread":
+                command += ["-object", "iothread,id=io0"]
+                device += ",iothread=io0"
+            command += ["-drive", f"file={self.disk},format=raw,if=none,id=d0", "-device", device]
+        return command
+
+    def _incoming(self, stream):
+        self.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        self.qmp.execute("migrate-incoming", uri=f"exec:cat {stream}")
+        message = self.qmp.wait_event(
+            lambda m: m["event"] == "MIGRATION" and m["data"]["status"] in ("completed", "failed"))
+        if message["data"]["status"] != "completed":
+            said = (self.dir / "stderr").read_text().strip()
+            raise AssertionError(f"the child could not load {stream}: {said}")
+
+    def child(self, name, memory, stream):
+        """A VM that goes on from a branch's two files; stopped until `go`."""
+        other = Guest(self.case, name, run=self.run, machine=self.machine, mib=self.mib, smp=self.smp,
+                      disk=self.disk_kind, memory=memory, stream=stream)
+        if self.disk:
+            shutil.copyfile(self.disk, other.disk)
+        return other
+
+    def go(self):
+        """Let a child run."""
+        self.qmp.execute("cont")
+
+    def booted(self):
+        """Wait until each of the guest's programs is at work; self."""
+        for run in self.run:
+            self.console.wait(AT_WORK[run.split(",")[0]], timeout=90)
+        return self
+
+    def hva(self, gpa=0):
+        """Where the VMM has a guest-physical address mapped, as QEMU itself says."""
+        said = self.qmp.monitor(f"gpa2hva {gpa:#x}")
+        match = re.search(r"is (0x[0-9a-f]+)", said)
+        assert match, f"gpa2hva {gpa:#x}: {said}"
+        return int(match.group(1), 16)
+
+    def stops(self):
+        """How often the VM was stopped."""
+        return self.qmp.count("STOP")
+
+    def check_runs(self, within=1.0):
+        """Fail unless QEMU says the guest runs, and its console goes on, within so many seconds."""
+        start, deadline = self.console.mark(), time.monotonic() + within
+        status = None
+        while status != "running":
+            try:
+                status = self.qmp.execute("query-status", timeout=max(0.05, deadline - time.monotonic()))["status"]
+            except qmp.QmpError as e:
+                status = str(e)
+            assert status == "running" or time.monotonic() < deadline, \
+                f"{self.name} should be running after {within:.2f} s, is: {status}"
+        self.console.wait(r"\d$", timeout=max(0.05, deadline - time.monotonic()), start=start)
+
+    def check_sane(self):
+        """Fail if a self-checking program has found wrong memory, or any program of the guest has ended."""
+        bad = [m.string for _, m in self.console.all(r"MISMATCH|ended:|panic|BUG:")]
+        assert not bad, f"{self.name}: the guest says {bad[:3]}"
+
+    def check_torn(self):
+        """Fail if a child of memory and vmstate of two instants goes on as if nothing were wrong.
+
+        It says so itself, its kernel does, or it cannot even say anything."""
+        start = self.console.mark()
+        try:
+            self.console.wait("MISMATCH|ended:|panic|BUG:|Oops|WARNING", timeout=20, start=start)
+        except AssertionError:
+            content = self.console.all("^ok", start)
+            assert not content, f"{self.name} is torn and content: {content[-1][1].string}"
+
+    def protected(self):
+        """Mappings of the VMM that are registered for write protection."""
+        with open(f"/proc/{self.pid}/smaps") as f:
+            return sum(1 for line in f if line.startswith("VmFlags:") and " uw" in line)
+
+    def fds(self):
+        """The VMM's open files, by what they are, each with how often."""
+        found = collections.Counter()
+        for name in os.listdir(f"/proc/{self.pid}/fd"):
+            try:
+                found[os.readlink(f"/proc/{self.pid}/fd/{name}")] += 1
+            except OSError:
+                pass
+        return found
+
+    def check_free(self, fds, within=1.0):
+        """Fail unless within so many seconds nothing of the VMM is registered, and its files are those it had.
+
+        Not counted: the one memfd for device state that a daemon killed between add-fd and remove-fd leaves in QEMU; the next
+        branch removes it."""
+        deadline = time.monotonic() + within
+        stale = "/memfd:forkfs-vmstate (deleted)"
+
+        def files():
+            found = self.fds()
+            assert found[stale] <= 1, f"{found[stale]} memfds for device state are left in the VMM"
+            del found[stale]
+            return found
+
+        fds = +fds
+        del fds[stale]
+        while self.protected() or files() != fds:
+            now = files()
+            assert time.monotonic() < deadline, (
+                f"{self.protected()} mappings of the VMM are registered; files it has too many: {dict(now - fds)}, "
+                f"too few: {dict(fds - now)}")
+            time.sleep(0.01)
+
+    def memfd_blocks(self):
+        """512-byte blocks that are allocated to the memfd which is the guest's memory."""
+        for name in os.listdir(f"/proc/{self.pid}/fd"):
+            path = f"/proc/{self.pid}/fd/{name}"
+            if "memory-backend-memfd" in os.readlink(path):
+                return os.stat(path).st_blocks
+        raise AssertionError(f"{self.name} has no memfd")
+
+    def stop(self):
+        """End the VM."""
+        if processes.alive(self.pid):
+            self.process.kill()
+        self.process.wait()
+        if hasattr(self, "qmp"):
+            self.qmp.close()

@@ -1,0 +1,123 @@
+"""A guest, a mount and a sandbox put together, and branches whose truth is known."""
+
+import errno
+import os
+import pathlib
+import threading
+import time
+
+from . import truth
+
+READY_TIMEOUT = 60
+# Where a branch is held while its truth is read: in the pause, just before QEMU is told to go on. Not where the engine arms: a build
+# that arms at the wrong time must be held at the right one.
+INSTANT = "qmp-cont"
+HOLDS = 10
+
+
+def remove(path):
+    """Remove a file that need not exist."""
+    pathlib.Path(path).unlink(missing_ok=True)
+
+
+def state(branch):
+    """The state of a branch: writing, ready or failed."""
+    return (branch / "state").read_text().strip()
+
+
+def wait_settled(branch, timeout=READY_TIMEOUT):
+    """Wait until a branch is no longer being captured; its state."""
+    deadline = time.monotonic() + timeout
+    while state(branch) == "writing":
+        assert time.monotonic() < deadline, f"{branch.name} is still being captured after {timeout} s"
+        time.sleep(0.005)
+    return state(branch)
+
+
+class Making(threading.Thread):
+    """mkdir of a branch in a thread: `finish` gives back what came of it."""
+
+    def __init__(self, path):
+        super().__init__(daemon=True)
+        self.path, self.error = path, None
+        self.start()
+
+    def run(self):
+        """The thread."""
+        try:
+            os.mkdir(self.path)
+        except OSError as e:
+            self.error = e
+
+    def finish(self, timeout=30):
+        """Wait for the mkdir; None or its OSError."""
+        self.join(timeout)
+        assert not self.is_alive(), f"mkdir {self.path} has not come back after {timeout} s"
+        return self.error
+
+
+class Rig:
+    """`guest` is attached as `sandbox` on `mount`."""
+
+    def __init__(self, case, mount=None, options="", **guest):
+        self.case = case
+        self.guest = case.guest(**guest).booted()
+        self.mount = mount or case.mount(options=options)
+        self.sandbox = self.mount.attach(self.guest)
+        self.hold = case.dir / "hold"
+        self.truth = case.dir / "truth"
+
+    def branch(self, name):
+        """Take a named branch; its directory."""
+        path = self.sandbox / "branches" / name
+        try:
+            path.mkdir()
+        except OSError as e:
+            raise AssertionError(f"mkdir {path}: {e.strerror}: {self.mount.error_of(path.parent)}") from e
+        return path
+
+    def branch_with_truth(self, name, *rules, kind="mem"):
+        """Take a branch and, while the guest is held stopped at its instant, read the truth by foreign hands.
+
+        kind   mem: a program of ours on /proc/PID/mem; pmem: QEMU's own pmemsave. `rules`: more rules for fault points.
+        Gives the branch's directory; the truth is in the file self.truth. The watchdog ends a pause of half a second and mkdir gives up
+        after a second, which a busy machine can need for the reading: such a branch has failed as it should, and is taken again.
+        """
+        if not self.truth.exists():  # memory that was never touched takes longest to read for the first time
+            self.case.run(*truth.foreign_command(self.case, self.guest, self.truth))
+        for _ in range(HOLDS):
+            path, error = self._held_branch(name, rules, kind)
+            if error is None:
+                return path
+            if error.errno not in (errno.ETIMEDOUT, errno.EAGAIN):
+                break
+        raise AssertionError(f"mkdir {path}: {error}: {self.mount.error_of(path.parent)}")
+
+    def _held_branch(self, name, rules, kind):
+        marks = [self.hold, pathlib.Path(f"{self.hold}.held")]
+        for mark in marks:
+            remove(mark)
+        self.mount.faults(f"{INSTANT} hold:{self.hold}", *rules)
+        path = self.sandbox / "branches" / name
+        reader = None
+        if kind == "mem":
+            reader = self.case.start(*truth.foreign_command(self.case, self.guest, self.truth, self.hold))
+        making = Making(path)
+        while not marks[1].exists() and making.is_alive():
+            time.sleep(0.0005)
+        if not marks[1].exists():
+            assert making.error, f"mkdir {path} has passed without the point {INSTANT}"
+        elif reader:
+            assert reader.wait(timeout=30) == 0, "foreign-read failed"
+        else:
+            truth.pmemsave(self.guest, self.truth)
+            self.hold.touch()
+        error = making.finish()
+        if reader and reader.poll() is None:
+            reader.kill()
+        self.mount.faults()
+        return path, error
+
+    def difference(self, branch, kind="mem"):
+        """How the branch's memory differs from the truth; empty when it does not."""
+        return truth.difference(self.case, self.truth, branch / "memory.bin", truth.NOT_RAM if kind == "pmem" else ())

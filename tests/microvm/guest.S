@@ -1,0 +1,131 @@
+/* The guest: a program that judges its own memory. Every vCPU runs it, each in its own slice.
+ *
+ * What it expects is in registers and nowhere else. In sweep g (1, 2, …) it visits every page of its slice
+ * once, ascending when g is even, scattered when g is odd (a bijection of the place: no table). Before it
+ * writes a page it checks that sweep g-1 is in it; after it, a random page: sweep g if its turn was before, g-1
+ * if not. A page of sweep g holds hash(page) * g in three words. So one of another instant is found in a sweep.
+ *
+ * On entry: r15 slice, r14 its pages, rbx the power of two not below them, minus 1, rbp key (odd), r9 seed, r11
+ * idle loops a step, rdi '0' + vCPU, rsp stack; r8, r13 zero. Then: r8 steps, r12 place, r13 g, in xmm0 too. */
+#include "machine.h"
+
+/* rax: place -> page of this sweep; may be behind the last one, as the bijection is of a power of two */
+.macro page_of_place
+	testb	$1, %r13b
+	jz	1f
+	imul	$0x1e3779b1, %rax, %rax
+	and	%rbx, %rax
+	mov	%rax, %rcx
+	shr	$5, %rcx
+	xor	%rcx, %rax
+1:
+.endm
+
+/* page rax must be of sweep rdx; then: rsi its address, r10 its middle word's, rcx the hash, rdx the value */
+.macro check_page
+	lea	1(%rax), %rsi
+	mov	%rsi, %rcx
+	imul	%rbp, %rcx
+	or	$1, %rcx
+	imul	%rcx, %rdx
+	shl	$12, %rsi
+	add	%r15, %rsi
+	and	$63, %eax
+	shl	$6, %eax
+	lea	8(%rsi,%rax), %r10
+	cmp	%rdx, (%rsi)
+	jne	mismatch
+	cmp	%rdx, (%r10)
+	jne	mismatch
+	cmp	%rdx, 4088(%rsi)
+	jne	mismatch
+.endm
+
+.macro put char
+	mov	$\char, %al
+	out	%al, %dx
+.endm
+
+	.section .rodata
+	.globl guest_begin, guest_end
+guest_begin:
+sweep:	inc	%r13
+	movq	%r13, %xmm0
+	xor	%r12d, %r12d
+step:	mov	%r12, %rax
+	page_of_place
+	cmp	%r14, %rax
+	jae	next
+	lea	-1(%r13), %rdx
+	check_page
+	add	%rcx, %rdx
+	mov	%rdx, (%rsi)
+	mov	%rdx, (%r10)
+	mov	%rdx, 4088(%rsi)
+	imul	$0x5851f42d, %r9, %r9	/* the high bits of a linear congruence */
+	inc	%r9
+	mov	%r9, %rax
+	shr	$33, %rax
+	and	%rbx, %rax
+	mov	%r13, %rdx
+	cmp	%r12, %rax
+	jbe	2f
+	dec	%rdx
+2:	page_of_place
+	cmp	%r14, %rax
+	jae	3f
+	check_page
+3:	mov	%r15, %rsi
+	cmp	%r8, (%rsi)
+	jne	mismatch
+	inc	%r8
+	mov	%r8, (%rsi)
+	test	$(REPORT_STEPS - 1), %r8d
+	jnz	4f
+	call	report
+4:	mov	%r11, %rcx
+5:	test	%rcx, %rcx
+	jz	next
+	dec	%rcx
+	pause
+	jmp	5b
+next:	inc	%r12
+	cmp	%rbx, %r12
+	jbe	step
+	jmp	sweep
+
+report:	movq	%xmm0, %rsi		/* shown as the address where it is wrong */
+	cmp	%rsi, %r13
+	jne	mismatch
+	mov	$SERIAL_PORT, %edx
+	put	'o'
+	put	'k'
+	mov	%r8, %rsi
+tail:	put	' '			/* " VCPU RSI\n" */
+	mov	%edi, %eax
+	out	%al, %dx
+	put	' '
+	mov	$60, %ecx
+6:	mov	%rsi, %rax
+	shr	%cl, %rax
+	and	$15, %eax
+	add	$'0', %eax
+	cmp	$'9', %eax
+	jbe	7f
+	add	$('a' - '9' - 1), %eax
+7:	out	%al, %dx
+	sub	$4, %ecx
+	jns	6b
+	put	'\n'
+	ret
+
+mismatch:
+	mov	$SERIAL_PORT, %edx
+	.irp	char, 'M, 'I, 'S, 'M, 'A, 'T, 'C, 'H
+	put	\char
+	.endr
+	call	tail
+8:	pause				/* the VMM stops the vCPU that said so */
+	jmp	8b
+guest_end:
+	.section .note.GNU-stack,"",@progbits

@@ -1,0 +1,16 @@
+/* Where things are in the machine's memory: what microvm.c and guest.S agree on. From 1 MiB each vCPU has a
+ * slice: a page whose first word counts its steps, then the pages it writes. The last eighth of the memory is
+ * never touched. */
+#pragma once
+
+#define GPA_PML4 0x1000
+#define GPA_PDPT 0x2000
+#define GPA_PD 0x3000      /* 16 pages: identity, 2 MiB pages, 16 GiB */
+#define GPA_DEVICE 0x1e000 /* a word that the VMM changes whenever it saves device state */
+#define GPA_PROGRAM 0x20000
+#define GPA_STACKS 0x30000 /* a page for each vCPU */
+#define GPA_SLICES 0x100000
+#define MAX_MEMORY (16ull << 30)
+#define MAX_VCPUS 16
+#define SERIAL_PORT 0x3f8
+#define REPORT_STEPS 0x10000 /* a line "ok VCPU STEPS" each that many steps */
