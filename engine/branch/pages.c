@@ -225,8 +225,11 @@ int ffs_pages_sweep(struct ffs_pages_region *r, int uffd, uint64_t slice, uint64
 		ffs_slice_lock(r, slice);
 	unsigned n = find_runs(r, first, end, runs, &pages);
 
-	if (racing && FFS_FAULT("sweep-window") ==
-			      0) /* bits first, no exclusion with the handler; the point widens it */
+	/* bits first, no exclusion with the handler; the point widens the window where a fault can fall into
+	 * it */
+	bool faults = pages < (end - first) * (r->cluster_bytes / r->page_size);
+
+	if (racing && (!faults || FFS_FAULT("sweep-window") == 0))
 		for (uint64_t c = first; c < end; c++)
 			r->writable[c] = 0;
 	for (unsigned i = 0; i < n && e == 0; i++)

@@ -54,4 +54,4 @@ def test_late_page(case):
 
 def test_sweep_race(case):
     """The pre-arm sweep races the fault handler for a page."""
-    check_caught(case, "sweep-race", "sweep-window delay:8")
+    check_caught(case, "sweep-race", "sweep-window delay:4")
