@@ -372,7 +372,8 @@ static void test_add_replace_remove(void **state)
 	assert_int_equal(ffs_watchdog_add(own, fd, -1, &ops, &g, &more, &err), -ENOSPC);
 	atomic_store(&slot[7]->revoked, 1);
 	assert_int_equal(ffs_watchdog_replace(own, slot[7], fd, -1, &g, &err), 0);
-	assert_int_equal(atomic_load(&slot[7]->revoked), 0);
+	/* captures of before the revocation may still be under way: only another slot is clean */
+	assert_int_equal(atomic_load(&slot[7]->revoked), 1);
 	assert_int_equal(open_fds_of(pid), before + 2 * FFS_WD_SLOTS - 1);
 	for (unsigned i = 0; i < FFS_WD_SLOTS; i++)
 		ffs_watchdog_remove(own, slot[i]);
