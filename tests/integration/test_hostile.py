@@ -23,8 +23,8 @@ from forkfs_test import rig
 TIMEOUT = {"test_unchanged": 180, "test_unchanged_without_passthrough": 180, "test_many_clients": 180, "test_ten_thousand_opens": 180,
            "test_killed_clients": 180}
 MIB = 1 << 20
-# A signal must have ended whoever waits within a second; a loaded machine may need some of its own to notice.
-PROMPT = 1.0
+# A signal ends whoever waits within a second, or never where that is broken: the rest is for the machine, which may be busy.
+PROMPT = 5.0
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 
@@ -407,14 +407,6 @@ def own_memory(pid):
     raise AssertionError(f"no RssAnon of {pid}")
 
 
-def metric(r, name):
-    """A number of .forkfs/metrics."""
-    for line in (r.mount / ".forkfs/metrics").read_text().splitlines():
-        if line.startswith(f"forkfs_{name} "):
-            return int(line.split()[1])
-    raise AssertionError(f"no metric {name}")
-
-
 def settle_to(what, value, limit, timeout=10):
     """Wait until a count has come down to a limit."""
     deadline = time.monotonic() + timeout
@@ -573,7 +565,7 @@ def test_ten_thousand_opens(case):
                 os.listdir(fd)
             os.close(fd)
 
-    counts = {"handles": lambda: metric(r, "open_files"), "nodes": lambda: metric(r, "nodes")}
+    counts = {"handles": lambda: rig.metric(r, "open_files"), "nodes": lambda: rig.metric(r, "nodes")}
     rounds(1300)
     time.sleep(0.5)
     before = {name: count() for name, count in counts.items()}
@@ -596,7 +588,7 @@ def test_many_keys(case):
             assert os.read(fd, 4096)
     assert r.guest.stops() == 24
     check_files(r.mount.pid, files)
-    assert metric(r, "generations") == 0
+    assert rig.metric(r, "generations") == 0
     r.guest.check_runs()
 
 
@@ -644,7 +636,7 @@ def test_killed_clients(case):
     def undone():
         return "victim" not in os.listdir(branches)
 
-    files, handles = open_files(r.mount.pid), metric(r, "open_files")
+    files, handles = open_files(r.mount.pid), rig.metric(r, "open_files")
     # (what, step, fault point that holds the daemon, what must be left: True: no branch, None: whatever)
     steps = [(transaction, 1, None, True), (transaction, 2, None, True), (transaction, 2, "fs-ctl-write@2", True),
              (transaction, 3, "fs-mkdir", True), (transaction, 3, "settle", None), (transaction, 4, None, False),
@@ -686,7 +678,7 @@ def test_killed_clients(case):
             check_files(r.mount.pid, files)
         except AssertionError as e:
             raise AssertionError(f"after a {what}: {e}") from e
-    settle_to("handles", lambda: metric(r, "open_files"), handles)
+    settle_to("handles", lambda: rig.metric(r, "open_files"), handles)
     check_files(r.mount.pid, files)
     r.guest.check_runs()
 

@@ -34,6 +34,14 @@ def wait_settled(branch, timeout=READY_TIMEOUT):
     return state(branch)
 
 
+def metric(r, name):
+    """A number of .forkfs/metrics."""
+    for line in (r.mount / ".forkfs/metrics").read_text().splitlines():
+        if line.startswith(f"forkfs_{name} "):
+            return int(line.split()[1])
+    raise AssertionError(f"no metric {name}")
+
+
 class Making(threading.Thread):
     """mkdir of a branch in a thread: `finish` gives back what came of it."""
 
