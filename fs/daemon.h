@@ -51,7 +51,8 @@ struct ffs_shot {
 	struct ffs_live *live;   /* its generation, while that lives; not referenced */
 };
 
-/* Called once with the tree lock NOT held, on the reaper's thread, when the shot is no longer WRITING. */
+/* Called once with the tree lock NOT held: on the reaper's thread when the shot is no longer WRITING, or on a
+ * pool thread, still WRITING, when nobody but those who wait for it was left and it is being freed. */
 struct ffs_waiter {
 	struct ffs_list link;
 	void (*settled)(struct ffs_waiter *w, struct ffs_shot *shot);

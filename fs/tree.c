@@ -22,13 +22,29 @@
 /* ---- shots
  * ------------------------------------------------------------------------------------------------------- */
 
+static void call_waiters(struct ffs_shot *s, struct ffs_list *waiters)
+{
+	for (struct ffs_list *e = waiters->next, *next; e != waiters; e = next) {
+		struct ffs_waiter *waiter = ffs_container(e, struct ffs_waiter, link);
+
+		next = e->next;
+		waiter->settled(waiter, s);
+	}
+}
+
 static void free_shot(struct ffs_work *w)
 {
 	struct ffs_shot *s = ffs_container(w, struct ffs_shot, free_work);
 	struct ffs_fs *fs = s->fs;
+	struct ffs_list waiters;
 
 	/* after this the callback neither runs nor will */
 	ffs_branch_unwatch(s->branch, &s->watch);
+	/* who waited by name, without a file of it open, must hear that it was removed */
+	pthread_mutex_lock(&fs->lock);
+	ffs_list_move(&waiters, &s->waiters);
+	pthread_mutex_unlock(&fs->lock);
+	call_waiters(s, &waiters);
 	ffs_branch_unref(s->branch);
 	pthread_mutex_lock(&fs->lock);
 	ffs_sbx_unref(s->sbx);
@@ -124,12 +140,7 @@ static void settle(struct ffs_work *w)
 		ffs_log(FFS_LOG_WARN, "%s: branch %s failed: %s", s->sbx->name, ffs_branch_id(s->branch),
 			why.text);
 	ffs_wait_answer_all(&waits, state == FFS_BRANCH_READY ? 0 : -EIO, &why);
-	for (struct ffs_list *e = waiters.next, *next; e != &waiters; e = next) {
-		struct ffs_waiter *waiter = ffs_container(e, struct ffs_waiter, link);
-
-		next = e->next;
-		waiter->settled(waiter, s);
-	}
+	call_waiters(s, &waiters);
 	ffs_polls_check(fs);
 	ffs_shot_unref(s);
 }

@@ -1,5 +1,6 @@
 """Whatever is held in the daemon for seconds: everything but the directory that the kernel locks can be listed and read meanwhile."""
 
+import errno
 import json
 import os
 import pathlib
@@ -226,4 +227,36 @@ def test_open_now(case):
     held.look(ls(case, "-R", r.mount.path), *elsewhere(r), ls(case, r.sandbox / "branch@one"),
               lambda: first(r.sandbox / "branch@two/memory.bin"))
     assert len(held.end()) == 4096
+    r.guest.check_runs()
+
+
+def test_removed_while_awaited(case):
+    """rmdir of a branch that is still written: who waits for it by ctl or `wait` is told so at once, and nothing is kept for them."""
+    r = rig.Rig(case, mib=128)
+    gone = r.sandbox / "branches/gone"
+
+    def awaited():
+        answer = request(r.sandbox / "ctl", {"branch": {"name": "gone", "wait": True}})
+        assert answer.get("code") == "ENOENT", answer
+
+    def waited():
+        try:
+            (gone / "wait").read_text()
+        except OSError as e:
+            return e.errno
+        return 0
+
+    held = Held(r, "settle", awaited)
+    waits = Work(waited)
+    deadline = time.monotonic() + 20
+    while rig.metric(r, "open_files") < 3:  # theirs and that of the metrics
+        assert time.monotonic() < deadline, "the two who wait have not opened their files"
+        time.sleep(0.005)
+    assert held.work.is_alive() and waits.is_alive(), "somebody did not wait for a branch that is being written"
+    gone.rmdir()
+    held.work.finish()
+    assert waits.finish() == errno.ENOENT
+    held.end()
+    r.branch("gone")
+    assert rig.wait_settled(gone) == "ready"
     r.guest.check_runs()
