@@ -54,6 +54,13 @@ bool ffs_txn_abandoned(const struct ffs_txn *t);
 void ffs_txn_done(struct ffs_txn *t, struct json_object *o);
 void ffs_txn_failed(struct ffs_txn *t, int code, const struct ffs_error *err);
 
+/* ---- request-parse.c: the language
+ * ---------------------------------------------------------------------------------------------- */
+
+/* What an object asks for; root: of .forkfs/ctl. -EINVAL or -EOPNOTSUPP with the sentence, and nothing is
+ * owned by *req then but its strings, which the caller frees either way. */
+int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req, struct ffs_error *err);
+
 /* ---- requests.c: what can be asked for
  * ---------------------------------------------------------------------------------- */
 

@@ -1,0 +1,212 @@
+/* Owns the language of ctl: which objects there are, their keys and types.
+ *
+ * Pure, any thread. JSON comes from untrusted clients: every key is known and every type is checked before
+ * anything is reserved. */
+#include <errno.h>
+#include <json-c/json.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/un.h>
+
+#include "base/util.h"
+#include "ctl.h"
+
+static int known_keys(struct json_object *o, const char *what, const char *const *keys, struct ffs_error *err)
+{
+	json_object_object_foreach(o, key, value)
+	{
+		bool found = false;
+
+		for (const char *const *k = keys; *k && !found; k++)
+			found = strcmp(key, *k) == 0;
+		if (!found)
+			return ffs_error_set(err, EINVAL, "%s has no key '%.64s'", what, key);
+		(void)value;
+	}
+	return 0;
+}
+
+static int get_string(struct json_object *o, const char *what, const char *key, size_t max, const char **out,
+	struct ffs_error *err)
+{
+	struct json_object *v;
+
+	*out = NULL;
+	if (!json_object_object_get_ex(o, key, &v) || !v)
+		return 0;
+	if (!json_object_is_type(v, json_type_string))
+		return ffs_error_set(err, EINVAL, "%s: '%s' is a string", what, key);
+	const char *s = json_object_get_string(v);
+	size_t len = (size_t)json_object_get_string_len(v);
+
+	if (len > max || strlen(s) != len)
+		return ffs_error_set(
+			err, EINVAL, "%s: '%s' is longer than %zu bytes or has a NUL in it", what, key, max);
+	*out = s;
+	return 0;
+}
+
+static int get_bool(
+	struct json_object *o, const char *what, const char *key, bool *out, struct ffs_error *err)
+{
+	struct json_object *v;
+
+	if (!json_object_object_get_ex(o, key, &v) || !v)
+		return 0;
+	if (!json_object_is_type(v, json_type_boolean))
+		return ffs_error_set(err, EINVAL, "%s: '%s' is true or false", what, key);
+	*out = json_object_get_boolean(v);
+	return 0;
+}
+
+static int get_name(
+	struct json_object *o, const char *what, const char *noun, char out[80], struct ffs_error *err)
+{
+	const char *name;
+	int r = get_string(o, what, "name", 255, &name, err);
+
+	if (r < 0)
+		return r;
+	if (!name)
+		return ffs_error_set(err, EINVAL, "%s: the key 'name' is missing", what);
+	r = ffs_check_name(noun, name, err);
+	if (r < 0)
+		return r;
+	snprintf(out, 80, "%s", name);
+	return 0;
+}
+
+/* UID:GID[:rw] in decimal */
+static int parse_owner(const char *s, struct ffs_request *req, struct ffs_error *err)
+{
+	unsigned long uid, gid;
+	char *end;
+
+	if (*s >= '0' && *s <= '9') {
+		uid = strtoul(s, &end, 10);
+		if (*end == ':' && end[1] >= '0' && end[1] <= '9') {
+			gid = strtoul(end + 1, &end, 10);
+			req->owner_writes = strcmp(end, ":rw") == 0;
+			if ((!*end || req->owner_writes) && uid < UINT32_MAX && gid < UINT32_MAX) {
+				req->has_owner = true;
+				req->uid = (uid_t)uid;
+				req->gid = (gid_t)gid;
+				return 0;
+			}
+		}
+	}
+	return ffs_error_set(
+		err, EINVAL, "attach: 'owner' is UID:GID or UID:GID:rw in numbers, not '%.64s'", s);
+}
+
+static int parse_attach(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
+{
+	static const char *const keys[] = {"name", "qemu", "pid", "track", "owner", NULL};
+	const char *qemu, *owner;
+	struct json_object *pid;
+	int r = known_keys(o, "attach", keys, err);
+
+	if (!r)
+		r = get_name(o, "attach", "sandbox", req->name, err);
+	if (!r)
+		r = get_string(
+			o, "attach", "qemu", sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1, &qemu, err);
+	if (!r)
+		r = get_string(o, "attach", "owner", 64, &owner, err);
+	if (!r)
+		r = get_bool(o, "attach", "track", &req->track, err);
+	if (r < 0)
+		return r;
+	if (json_object_object_get_ex(o, "pid", &pid) && pid) {
+		int64_t v = json_object_is_type(pid, json_type_int) ? json_object_get_int64(pid) : 0;
+
+		if (v <= 0 || v > INT_MAX)
+			return ffs_error_set(err, EINVAL, "attach: 'pid' is the number of a process");
+		req->pid = (pid_t)v;
+	}
+	if (!qemu && !req->pid)
+		return ffs_error_set(err, EINVAL,
+			"attach: name the VM by 'qemu' (the path of its QMP socket) or by 'pid'");
+	if (qemu && qemu[0] != '/')
+		return ffs_error_set(err, EINVAL,
+			"attach: the daemon has another working directory: 'qemu' is an absolute path, not "
+			"'%s'",
+			qemu);
+	if (owner) {
+		r = parse_owner(owner, req, err);
+		if (r < 0)
+			return r;
+	}
+	req->qemu = qemu ? strdup(qemu) : NULL;
+	return qemu && !req->qemu ? ffs_error_set(err, ENOMEM, "no memory") : 0;
+}
+
+static int parse_choice(struct json_object *o, const char *key, const char *have, const char *later1,
+	const char *later2, struct ffs_error *err)
+{
+	const char *v;
+	int r = get_string(o, "branch", key, 64, &v, err);
+
+	if (r < 0 || !v || strcmp(v, have) == 0)
+		return r;
+	if (strcmp(v, later1) == 0 || strcmp(v, later2) == 0)
+		return ffs_error_set(
+			err, EOPNOTSUPP, "branch: this version has the %s '%s' only, not '%s'", key, have, v);
+	return ffs_error_set(err, EINVAL, "branch: there is no %s '%s'", key, v);
+}
+
+static int parse_branch(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
+{
+	static const char *const keys[] = {"name", "mode", "store", "wait", NULL};
+	int r = known_keys(o, "branch", keys, err);
+
+	if (!r)
+		r = get_name(o, "branch", "branch", req->name, err);
+	if (!r)
+		r = parse_choice(o, "mode", "live", "diff", "full", err);
+	if (!r)
+		r = parse_choice(o, "store", "memory", "dense", "packed", err);
+	return r < 0 ? r : get_bool(o, "branch", "wait", &req->wait, err);
+}
+
+int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req, struct ffs_error *err)
+{
+	static const char *const none[] = {NULL}, *const only_name[] = {"name", NULL};
+	const char *verb = NULL;
+	struct json_object *arg = NULL;
+	int n = 0;
+
+	json_object_object_foreach(o, key, value)
+	{
+		verb = key;
+		arg = value;
+		n++;
+	}
+	if (n != 1)
+		return ffs_error_set(err, EINVAL, "a request has exactly one key: %s",
+			root ? "attach, detach or shutdown" : "branch");
+	if (!json_object_is_type(arg, json_type_object))
+		return ffs_error_set(err, EINVAL, "'%.64s' takes an object", verb);
+	if (root && strcmp(verb, "attach") == 0) {
+		req->kind = FFS_REQ_ATTACH;
+		return parse_attach(arg, req, err);
+	}
+	if (root && strcmp(verb, "detach") == 0) {
+		int r = known_keys(arg, "detach", only_name, err);
+
+		req->kind = FFS_REQ_DETACH;
+		return r < 0 ? r : get_name(arg, "detach", "sandbox", req->name, err);
+	}
+	if (root && strcmp(verb, "shutdown") == 0) {
+		req->kind = FFS_REQ_SHUTDOWN;
+		return known_keys(arg, "shutdown", none, err);
+	}
+	if (!root && strcmp(verb, "branch") == 0) {
+		req->kind = FFS_REQ_BRANCH;
+		return parse_branch(arg, req, err);
+	}
+	return ffs_error_set(err, EINVAL, "there is no request '%.64s' here: %s", verb,
+		root ? ".forkfs/ctl takes attach, detach, shutdown" : "a sandbox's ctl takes branch");
+}
