@@ -17,7 +17,7 @@ FORBIDDEN = {
     "tools": [],
 }
 # What everybody may include of engine/ besides base/.
-PUBLIC = {"engine/forkfs-engine.h"}
+PUBLIC = {"engine/forkfs-engine.h", "engine/store/store.h"}
 # And what `forkfs doctor` tries out by itself.
 DOCTOR = {"engine/uffd/inject.h", "engine/uffd/uffd.h"}
 
