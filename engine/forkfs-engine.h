@@ -48,6 +48,14 @@ enum ffs_run_state { FFS_RUN_RUNNING, FFS_RUN_PAUSED, FFS_RUN_EXITED };
 /* "running" | "paused" | "exited" */
 const char *ffs_run_state_name(enum ffs_run_state s);
 
+#define FFS_MAX_DISKS 16
+
+/* A disk of the VM that belongs to its branches: an image file that the VMM has open. */
+struct ffs_disk_name {
+	const char *id;   /* ffs_check_name() */
+	const char *path; /* absolute */
+};
+
 struct ffs_attach_options {
 	const char *name;        /* ffs_check_name() */
 	pid_t pid;               /* of the VMM; 0: found from the socket's peer */
@@ -55,6 +63,10 @@ struct ffs_attach_options {
 	bool track;              /* keep the write protection on between branches */
 	bool force; /* attach, and take every branch, although guest memory has writers that are not trapped
 		       (EBUSY otherwise); see ffs_branch_options */
+	const struct ffs_disk_name *disks; /* n_disks of them, at most FFS_MAX_DISKS */
+	unsigned n_disks;
+	dev_t own_mount; /* st_dev of a file system that this process serves itself: no disk may lie in it; 0:
+			    none */
 };
 
 /* Attach to a running VMM: connect its control socket, find and cross-check its guest memory, obtain a
@@ -91,6 +103,7 @@ struct ffs_branch_options {
 	const char *name;    /* shown in status and log; NULL for an unnamed one */
 	uint64_t timeout_ns; /* bound on pre-arm + pause, and on waiting for another branch of the sandbox; 0:
 				30 s. Past it: EAGAIN before the pause, and the guest runs */
+	bool without_disks;  /* memory and device state only, whatever disks were named at attach */
 	bool force; /* take it although guest memory has writers that are not trapped (vhost-user back ends,
 		       passed-through devices, …): status and manifest then carry their sentences as
 		       torn_possible; EBUSY otherwise */
@@ -127,6 +140,15 @@ int ffs_branch_memory_fd(struct ffs_branch *b);
 uint64_t ffs_branch_vmstate_size(const struct ffs_branch *b);
 ssize_t ffs_branch_read_vmstate(struct ffs_branch *b, void *buf, size_t len, uint64_t off);
 int ffs_branch_vmstate_fd(struct ffs_branch *b); /* sealed memfd, owned by the branch */
+
+/* The disks of the branch's instant, complete when ffs_branch_take() returned: i from 0 to ffs_branch_disks()
+ * - 1. */
+unsigned ffs_branch_disks(const struct ffs_branch *b);
+const char *ffs_branch_disk_id(const struct ffs_branch *b, unsigned i);
+uint64_t ffs_branch_disk_size(const struct ffs_branch *b, unsigned i);
+/* As ffs_branch_read_memory(). */
+ssize_t ffs_branch_read_disk(struct ffs_branch *b, unsigned i, void *buf, size_t len, uint64_t off);
+int ffs_branch_disk_fd(struct ffs_branch *b, unsigned i); /* read-only, owned by the branch */
 
 /* Call fn(arg) once, from an engine thread (or from this call) as soon as the branch is no longer WRITING. fn
  * must not block. ffs_branch_unwatch() returns true when fn will not and did not run; after it returned fn is

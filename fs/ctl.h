@@ -17,7 +17,9 @@ struct ffs_request {
 	char name[80]; /* of the sandbox, or of the branch */
 	char *qemu;
 	pid_t pid;
-	bool track, wait;
+	bool track, wait, without_disks;
+	struct ffs_disk_name *disks; /* n_disks, their strings owned */
+	unsigned n_disks;
 	bool has_owner, owner_writes;
 	uid_t uid;
 	gid_t gid;

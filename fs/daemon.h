@@ -72,6 +72,12 @@ struct ffs_live {
 	uint64_t vmstate_size, time_ns; /* remembered for nodes that outlive the image */
 };
 
+/* A disk in branches/NAME/disks; outlives the shot, as the size of an open file does. */
+struct ffs_named_disk {
+	char id[80];
+	uint64_t size;
+};
+
 /* branches/NAME. Tree lock. */
 struct ffs_named {
 	unsigned refs;
@@ -81,6 +87,8 @@ struct ffs_named {
 	struct ffs_shot *shot; /* referenced; NULL: being taken (then the name is only reserved) or removed */
 	bool removed;
 	uint64_t vmstate_size, memory_size, time_ns;
+	struct ffs_named_disk *disks; /* fixed with the shot */
+	unsigned n_disks;
 	struct ffs_list link;  /* in sbx->branches */
 	struct ffs_list waits; /* struct ffs_parked: reads of `wait` */
 };
@@ -177,6 +185,8 @@ const char *ffs_sbx_state(struct ffs_sbx *sbx);
 struct ffs_named *ffs_named_find(struct ffs_sbx *sbx, const char *name);
 /* Reserve a name: in the list, without a shot. */
 struct ffs_named *ffs_named_new(struct ffs_sbx *sbx, const char *name);
+/* The number of the disk with that ID, or -1. */
+int ffs_named_disk(const struct ffs_named *n, const char *id);
 struct ffs_named *ffs_named_ref(struct ffs_named *n);
 void ffs_named_unref(struct ffs_named *n);
 /* Out of its list; drops the shot. */

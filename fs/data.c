@@ -51,13 +51,24 @@ static char *worker_buffer(void)
  * ----------------------------------------------------------------------------------------------------------------
  */
 
+static const char *file_name(const struct ffs_node *node)
+{
+	return node->key.kind == FFS_KIND_DISK ? node->key.key : ffs_kind_name(node->key.kind);
+}
+
 int ffs_data_check_open(struct ffs_node *node, int flags, struct ffs_error *err)
 {
 	int mode = flags & O_ACCMODE;
 
 	if (mode == O_WRONLY || (flags & O_TRUNC))
-		return -ffs_error_set(err, EPERM, "%s of a branch never changes: open it for reading",
-			ffs_kind_name(node->key.kind));
+		return -ffs_error_set(
+			err, EPERM, "%s of a branch never changes: open it for reading", file_name(node));
+	if (mode == O_RDWR && node->key.kind == FFS_KIND_DISK)
+		return -ffs_error_set(err, EPERM,
+			"disk %s of a branch is read-only: run a child on an overlay of it (snapshot=on, or "
+			"qemu-img create "
+			"-b)",
+			node->key.key);
 	/* for private mappings, as QEMU makes them */
 	if (mode == O_RDWR &&
 		(node->key.kind == FFS_KIND_LIVE_MANIFEST || node->key.kind == FFS_KIND_NAMED_MANIFEST))
@@ -65,13 +76,25 @@ int ffs_data_check_open(struct ffs_node *node, int flags, struct ffs_error *err)
 	return 0;
 }
 
+/* The file behind a node once its branch is ready. */
+static int backing_fd(const struct ffs_node *node, const struct ffs_shot *shot)
+{
+	if (node->key.kind == FFS_KIND_DISK) {
+		int i = ffs_named_disk(node->named, node->key.key);
+
+		return i < 0 ? -ENOENT : ffs_branch_disk_fd(shot->branch, (unsigned)i);
+	}
+	if (node->key.kind == FFS_KIND_LIVE_MEMORY || node->key.kind == FFS_KIND_NAMED_MEMORY)
+		return ffs_branch_memory_fd(shot->branch);
+	return ffs_branch_vmstate_fd(shot->branch);
+}
+
 /* Tree lock held. */
 static int open_backing(struct ffs_fs *fs, struct ffs_node *node, struct ffs_shot *shot)
 {
 	if (node->pass_opens++)
 		return 0;
-	bool memory = node->key.kind == FFS_KIND_LIVE_MEMORY || node->key.kind == FFS_KIND_NAMED_MEMORY;
-	int fd = memory ? ffs_branch_memory_fd(shot->branch) : ffs_branch_vmstate_fd(shot->branch);
+	int fd = backing_fd(node, shot);
 	int id = fd < 0 ? fd : ffs_passthrough_open(&fs->pass, fd);
 
 	if (id < 0) {
@@ -135,7 +158,7 @@ void ffs_data_opened(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller 
 	}
 	pthread_mutex_unlock(&fs->lock);
 	if (r < 0) {
-		ffs_error_errno(&err, -r, "%s can't be served", ffs_kind_name(node->key.kind));
+		ffs_error_errno(&err, -r, "%s can't be served", file_name(node));
 		ffs_reply_failure(fs, req, who, ffs_node_dir_ino(node), -r, &err);
 	} else if (ffs_reply_open(req, id, how, backing) != 0) {
 		pthread_mutex_lock(&fs->lock);
@@ -320,7 +343,11 @@ void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uin
 	}
 	if (size > READ_MAX)
 		size = READ_MAX;
-	if (kind == FFS_KIND_LIVE_MEMORY || kind == FFS_KIND_NAMED_MEMORY)
+	if (kind == FFS_KIND_DISK) {
+		int i = ffs_named_disk(h->node->named, h->node->key.key);
+
+		n = i < 0 ? -EIO : ffs_branch_read_disk(h->shot->branch, (unsigned)i, buf, size, off);
+	} else if (kind == FFS_KIND_LIVE_MEMORY || kind == FFS_KIND_NAMED_MEMORY)
 		n = ffs_branch_read_memory(h->shot->branch, buf, size, off);
 	else
 		n = ffs_branch_read_vmstate(h->shot->branch, buf, size, off);

@@ -81,7 +81,8 @@ struct take_job {
 static int take(struct ffs_live *l, struct ffs_shot **out, struct ffs_error *err)
 {
 	struct ffs_fs *fs = l->sbx->fs;
-	struct ffs_branch_options opt = {.timeout_ns = OPEN_TAKE_NS};
+	/* branch/ has no disks/ */
+	struct ffs_branch_options opt = {.timeout_ns = OPEN_TAKE_NS, .without_disks = true};
 	struct ffs_sandbox *engine;
 	struct ffs_branch *branch = NULL;
 	int r = FFS_FAULT("fs-open");

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/fault.h"
@@ -56,11 +57,29 @@ static void publish(struct ffs_named *n, struct ffs_shot *s)
 	ffs_event(n->sbx->fs, "branch", n->sbx->name, n->name, ffs_branch_id(s->branch), NULL);
 }
 
-static int take(struct ffs_named *n, uint64_t timeout_ns, struct ffs_cancel *cancel, struct ffs_shot **out,
-	struct ffs_error *err)
+static int copy_disks(struct ffs_named *n, struct ffs_branch *branch)
+{
+	unsigned count = ffs_branch_disks(branch);
+
+	if (!count)
+		return 0;
+	n->disks = calloc(count, sizeof(*n->disks));
+	if (!n->disks)
+		return -ENOMEM;
+	for (; n->n_disks < count; n->n_disks++) {
+		snprintf(n->disks[n->n_disks].id, sizeof(n->disks[0].id), "%s",
+			ffs_branch_disk_id(branch, n->n_disks));
+		n->disks[n->n_disks].size = ffs_branch_disk_size(branch, n->n_disks);
+	}
+	return 0;
+}
+
+static int take(struct ffs_named *n, const struct ffs_take_options *how, struct ffs_cancel *cancel,
+	struct ffs_shot **out, struct ffs_error *err)
 {
 	struct ffs_fs *fs = n->sbx->fs;
-	struct ffs_branch_options opt = {.name = n->name, .timeout_ns = timeout_ns};
+	struct ffs_branch_options opt = {
+		.name = n->name, .timeout_ns = how->timeout_ns, .without_disks = how->without_disks};
 	struct ffs_branch *branch = NULL;
 	struct ffs_sandbox *engine;
 	int r = FFS_FAULT("fs-mkdir");
@@ -76,18 +95,23 @@ static int take(struct ffs_named *n, uint64_t timeout_ns, struct ffs_cancel *can
 	ffs_sandbox_unref(engine);
 	if (r < 0)
 		return r;
+	/* nobody looks at a name that has no shot yet */
+	if (copy_disks(n, branch) < 0) {
+		ffs_branch_unref(branch);
+		return ffs_error_set(err, ENOMEM, "no memory for the branch");
+	}
 	*out = ffs_shot_new(n->sbx, branch);
 	return *out ? 0 : ffs_error_set(err, ENOMEM, "no memory for the branch");
 }
 
-int ffs_named_take(struct ffs_named *n, uint64_t timeout_ns, struct ffs_cancel *cancel,
+int ffs_named_take(struct ffs_named *n, const struct ffs_take_options *how, struct ffs_cancel *cancel,
 	bool (*wanted)(void *arg), void *arg, struct ffs_error *err)
 {
 	struct ffs_fs *fs = n->sbx->fs;
 	struct ffs_shot *s = NULL, *watch = NULL;
-	int r = take(n, timeout_ns, cancel, &s, err);
+	int r = take(n, how, cancel, &s, err);
 
-	if (r == -EAGAIN && timeout_ns == MKDIR_NS && err)
+	if (r == -EAGAIN && how->timeout_ns == MKDIR_NS && err)
 		snprintf(err->text, sizeof(err->text),
 			"no branch within 1 s, the bound of mkdir (it locks the directory): write "
 			"{\"branch\":{\"name\":\"%s\"}} to the sandbox's ctl, which waits longer",
@@ -137,7 +161,8 @@ static void mkdir_task(struct ffs_task *t)
 		r = ffs_named_reserve(t->node->sbx, t->name, &t->call.who, &n, &err);
 	pthread_mutex_unlock(&fs->lock);
 	if (!r)
-		r = ffs_named_take(n, MKDIR_NS, t->p->cancel, task_wanted, t, &err);
+		r = ffs_named_take(n, &(struct ffs_take_options){.timeout_ns = MKDIR_NS}, t->p->cancel,
+			task_wanted, t, &err);
 	if (!r) {
 		struct ffs_node_key key = {.kind = FFS_KIND_NAMED, .object = n->serial};
 

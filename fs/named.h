@@ -7,10 +7,14 @@
  * with the sentence. */
 int ffs_named_reserve(struct ffs_sbx *sbx, const char *name, const struct ffs_caller *who,
 	struct ffs_named **out, struct ffs_error *err);
+struct ffs_take_options {
+	uint64_t timeout_ns; /* see struct ffs_branch_options */
+	bool without_disks;
+};
 /* Take the branch of a reserved name and publish it, or give the name back. `wanted` is asked once, with the
  * tree lock held, before publishing: false gives everything back (-EINTR). Pool thread, without the tree
  * lock; waits. */
-int ffs_named_take(struct ffs_named *named, uint64_t timeout_ns, struct ffs_cancel *cancel,
+int ffs_named_take(struct ffs_named *named, const struct ffs_take_options *how, struct ffs_cancel *cancel,
 	bool (*wanted)(void *arg), void *arg, struct ffs_error *err);
 
 /* FUSE handlers; node: branches/ itself. */

@@ -54,6 +54,8 @@ static const struct {
 	[FFS_KIND_NAMED_STATUS] = {"status", S_IFREG, 0400, FFS_KIND_NAMED, true},
 	[FFS_KIND_NAMED_STATE] = {"state", S_IFREG, 0400, FFS_KIND_NAMED, true},
 	[FFS_KIND_NAMED_WAIT] = {"wait", S_IFREG, 0400, FFS_KIND_NAMED, true},
+	[FFS_KIND_DISKS] = {"disks", S_IFDIR, 0500, FFS_KIND_NAMED, true},
+	[FFS_KIND_DISK] = {"", S_IFREG, 0400, FFS_KIND_NAMED, false},
 };
 
 bool ffs_kind_is_dir(enum ffs_kind kind)
@@ -70,7 +72,7 @@ bool ffs_kind_is_live_file(enum ffs_kind kind)
 bool ffs_kind_is_data(enum ffs_kind kind)
 {
 	return ffs_kind_is_live_file(kind) || kind == FFS_KIND_NAMED_MEMORY ||
-	       kind == FFS_KIND_NAMED_VMSTATE || kind == FFS_KIND_NAMED_MANIFEST;
+	       kind == FFS_KIND_NAMED_VMSTATE || kind == FFS_KIND_NAMED_MANIFEST || kind == FFS_KIND_DISK;
 }
 
 bool ffs_kind_is_ctl(enum ffs_kind kind)
@@ -121,7 +123,7 @@ static bool same_key(const struct ffs_node_key *a, const struct ffs_node_key *b)
 }
 
 /* The number must be the same for all nodes of a name, and differ between names: 32 kinds per object, and for
- * branch@KEY a number derived from the key in the upper half of the space. */
+ * branch@KEY and for a disk a number derived from the key in the upper half of the space. */
 uint64_t ffs_ino(enum ffs_kind kind, uint64_t serial, const char *key)
 {
 	if (kind == FFS_KIND_ROOT)
@@ -136,8 +138,9 @@ uint64_t ffs_ino(enum ffs_kind kind, uint64_t serial, const char *key)
 uint64_t ffs_node_dir_ino(const struct ffs_node *n)
 {
 	enum ffs_kind dir = kinds[n->key.kind].dir;
+	const char *key = n->key.kind == FFS_KIND_DISK ? NULL : n->key.key;
 
-	return ffs_ino(dir, n->named ? n->named->serial : n->sbx ? n->sbx->serial : 0, n->key.key);
+	return ffs_ino(dir, n->named ? n->named->serial : n->sbx ? n->sbx->serial : 0, key);
 }
 
 /* ---- table
@@ -324,6 +327,11 @@ static uint64_t size_of(const struct ffs_node *n)
 		return n->named->memory_size;
 	case FFS_KIND_NAMED_VMSTATE:
 		return n->named->vmstate_size;
+	case FFS_KIND_DISK: {
+		int i = ffs_named_disk(n->named, n->key.key);
+
+		return i < 0 ? 0 : n->named->disks[i].size;
+	}
 	case FFS_KIND_LIVE_MANIFEST:
 	case FFS_KIND_NAMED_MANIFEST:
 		return s && s->manifest ? s->manifest_len : 0;
@@ -400,7 +408,8 @@ double ffs_node_entry_ttl(struct ffs_fs *fs, const struct ffs_node *n)
 		return LONG_TTL;
 	/* a settled branch's name has its last node; a writer's second node is asked for anew (the kernel
 	 * revalidates after ESTALE whatever it was told) */
-	if ((n->key.kind == FFS_KIND_NAMED_MEMORY || n->key.kind == FFS_KIND_NAMED_VMSTATE) &&
+	if ((n->key.kind == FFS_KIND_NAMED_MEMORY || n->key.kind == FFS_KIND_NAMED_VMSTATE ||
+		    n->key.kind == FFS_KIND_DISK) &&
 		n->key.mode != FFS_MODE_DIRECT && n->named->shot && n->named->shot->state == FFS_BRANCH_READY)
 		return LONG_TTL;
 	return n->key.kind == FFS_KIND_SBX || n->key.kind == FFS_KIND_LIVE ? SHORT_TTL : 0;

@@ -29,6 +29,8 @@ enum ffs_kind {
 	FFS_KIND_NAMED_STATUS,
 	FFS_KIND_NAMED_STATE,
 	FFS_KIND_NAMED_WAIT,
+	FFS_KIND_DISKS, /* branches/NAME/disks */
+	FFS_KIND_DISK,  /* a disk in it; key: its ID */
 	FFS_KIND_COUNT,
 };
 
@@ -45,7 +47,7 @@ struct ffs_node_key {
 	uint64_t object; /* serial of the sandbox, branch or generation; of the sandbox for a node without
 			    generation */
 	uint64_t extra;  /* thread group that a node without generation is for; counter of a ctl node */
-	const char *key; /* KEY of branch@KEY; NULL */
+	const char *key; /* KEY of branch@KEY, ID of a disk; NULL */
 	bool unbound;    /* of branch/: belongs to no generation yet */
 };
 
@@ -85,7 +87,7 @@ uint64_t ffs_ino(enum ffs_kind kind, uint64_t serial, const char *key);
 /* st_ino of the directory a node's error sentences belong to: its own or its parent's. */
 uint64_t ffs_node_dir_ino(const struct ffs_node *n);
 bool ffs_kind_is_dir(enum ffs_kind kind);
-/* memory.bin, vmstate or manifest.json of branch/ or of a named branch. */
+/* memory.bin, vmstate or manifest.json of branch/ or of a named branch, and its disks. */
 bool ffs_kind_is_live_file(enum ffs_kind kind);
 bool ffs_kind_is_data(enum ffs_kind kind);
 bool ffs_kind_is_ctl(enum ffs_kind kind);

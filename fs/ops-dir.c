@@ -22,7 +22,8 @@ static const enum ffs_kind sbx_kinds[] = {
 static const enum ffs_kind live_kinds[] = {
 	FFS_KIND_LIVE_MEMORY, FFS_KIND_LIVE_VMSTATE, FFS_KIND_LIVE_MANIFEST};
 static const enum ffs_kind named_kinds[] = {FFS_KIND_NAMED_MEMORY, FFS_KIND_NAMED_VMSTATE,
-	FFS_KIND_NAMED_STATUS, FFS_KIND_NAMED_STATE, FFS_KIND_NAMED_WAIT, FFS_KIND_NAMED_MANIFEST};
+	FFS_KIND_NAMED_STATUS, FFS_KIND_NAMED_STATE, FFS_KIND_NAMED_WAIT, FFS_KIND_DISKS,
+	FFS_KIND_NAMED_MANIFEST};
 
 /* The files and directories with fixed names in a directory. */
 static unsigned children(const struct ffs_fs *fs, const struct ffs_node *dir, const enum ffs_kind **out)
@@ -79,6 +80,21 @@ static struct ffs_node *get_named_file(struct ffs_call *call, enum ffs_kind kind
 	return ffs_node_get(fs, &key, named->sbx, named, NULL);
 }
 
+/* Never for writing: such an open is refused, and asks for no node of its own. */
+static int find_disk(struct ffs_fs *fs, struct ffs_named *named, const char *id, struct ffs_node **out)
+{
+	int i = ffs_named_disk(named, id);
+
+	if (i < 0)
+		return -ENOENT;
+	struct ffs_node_key key = {.kind = FFS_KIND_DISK, .object = named->serial, .key = named->disks[i].id};
+
+	if (named->shot->state == FFS_BRANCH_READY && atomic_load(&fs->pass.on))
+		key.mode = FFS_MODE_PASS;
+	*out = ffs_node_get(fs, &key, named->sbx, named, NULL);
+	return 0;
+}
+
 static int find_in_root(struct ffs_fs *fs, const char *name, struct ffs_node **out)
 {
 	if (strcmp(name, ffs_kind_name(FFS_KIND_META)) == 0) {
@@ -132,6 +148,8 @@ static int find(struct ffs_call *call, struct ffs_node *dir, const char *name, s
 		return find_in_root(fs, name, out);
 	if (dir->key.kind == FFS_KIND_SBX)
 		return find_keyed(fs, dir, name, out);
+	if (dir->key.kind == FFS_KIND_DISKS)
+		return find_disk(fs, dir->named, name, out);
 	if (dir->key.kind == FFS_KIND_BRANCHES) {
 		struct ffs_named *named = ffs_named_find(dir->sbx, name);
 
@@ -244,6 +262,8 @@ static uint64_t parent_ino(const struct ffs_node *dir)
 	case FFS_KIND_LIVE:
 	case FFS_KIND_BRANCHES:
 		return ffs_ino(FFS_KIND_SBX, dir->sbx->serial, NULL);
+	case FFS_KIND_DISKS:
+		return ffs_ino(FFS_KIND_NAMED, dir->named->serial, NULL);
 	case FFS_KIND_NAMED:
 		return ffs_ino(FFS_KIND_BRANCHES, dir->sbx->serial, NULL);
 	default:
@@ -273,6 +293,10 @@ static void list(struct ffs_fs *fs, struct ffs_node *dir, struct listing *l)
 			if (!hidden(s))
 				add(l, s->name, ffs_ino(FFS_KIND_SBX, s->serial, NULL), S_IFDIR);
 		}
+	} else if (dir->key.kind == FFS_KIND_DISKS) {
+		for (unsigned i = 0; i < dir->named->n_disks; i++)
+			add(l, dir->named->disks[i].id,
+				ffs_ino(FFS_KIND_DISK, serial, dir->named->disks[i].id), S_IFREG);
 	} else if (dir->key.kind == FFS_KIND_BRANCHES) {
 		for (struct ffs_list *e = dir->sbx->branches.next; e != &dir->sbx->branches; e = e->next) {
 			struct ffs_named *b = ffs_container(e, struct ffs_named, link);

@@ -101,9 +101,43 @@ static int parse_owner(const char *s, struct ffs_request *req, struct ffs_error 
 		err, EINVAL, "attach: 'owner' is UID:GID or UID:GID:rw in numbers, not '%.64s'", s);
 }
 
+/* {"ID":"PATH",…}; the engine checks the names and looks at the files */
+static int parse_disks(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
+{
+	struct json_object *disks;
+
+	if (!json_object_object_get_ex(o, "disks", &disks) || !disks)
+		return 0;
+	if (!json_object_is_type(disks, json_type_object) || json_object_object_length(disks) > FFS_MAX_DISKS)
+		return ffs_error_set(err, EINVAL,
+			"attach: 'disks' is an object {\"ID\":\"PATH\"} of at most %d", FFS_MAX_DISKS);
+	req->disks = calloc(FFS_MAX_DISKS, sizeof(*req->disks));
+	if (!req->disks)
+		return ffs_error_set(err, ENOMEM, "no memory");
+	json_object_object_foreach(disks, id, value)
+	{
+		const char *path;
+		int r = get_string(disks, "attach: disks", id, PATH_MAX - 1, &path, err);
+
+		if (r < 0)
+			return r;
+		if (!path || path[0] != '/')
+			return ffs_error_set(
+				err, EINVAL, "attach: the path of disk '%.64s' is an absolute one", id);
+		struct ffs_disk_name *d = &req->disks[req->n_disks++];
+
+		d->id = strdup(id);
+		d->path = strdup(path);
+		if (!d->id || !d->path)
+			return ffs_error_set(err, ENOMEM, "no memory");
+		(void)value;
+	}
+	return 0;
+}
+
 static int parse_attach(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
-	static const char *const keys[] = {"name", "qemu", "pid", "track", "owner", NULL};
+	static const char *const keys[] = {"name", "qemu", "pid", "track", "owner", "disks", NULL};
 	const char *qemu, *owner;
 	struct json_object *pid;
 	int r = known_keys(o, "attach", keys, err);
@@ -140,7 +174,9 @@ static int parse_attach(struct json_object *o, struct ffs_request *req, struct f
 			return r;
 	}
 	req->qemu = qemu ? strdup(qemu) : NULL;
-	return qemu && !req->qemu ? ffs_error_set(err, ENOMEM, "no memory") : 0;
+	if (qemu && !req->qemu)
+		return ffs_error_set(err, ENOMEM, "no memory");
+	return parse_disks(o, req, err);
 }
 
 static int parse_choice(struct json_object *o, const char *key, const char *have, const char *later1,
@@ -159,7 +195,8 @@ static int parse_choice(struct json_object *o, const char *key, const char *have
 
 static int parse_branch(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
-	static const char *const keys[] = {"name", "mode", "store", "wait", NULL};
+	static const char *const keys[] = {"name", "mode", "store", "wait", "disks", NULL};
+	bool disks = true;
 	int r = known_keys(o, "branch", keys, err);
 
 	if (!r)
@@ -168,7 +205,12 @@ static int parse_branch(struct json_object *o, struct ffs_request *req, struct f
 		r = parse_choice(o, "mode", "live", "diff", "full", err);
 	if (!r)
 		r = parse_choice(o, "store", "memory", "dense", "packed", err);
-	return r < 0 ? r : get_bool(o, "branch", "wait", &req->wait, err);
+	if (!r)
+		r = get_bool(o, "branch", "wait", &req->wait, err);
+	if (!r)
+		r = get_bool(o, "branch", "disks", &disks, err);
+	req->without_disks = !disks;
+	return r;
 }
 
 int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req, struct ffs_error *err)

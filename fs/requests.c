@@ -71,6 +71,16 @@ static int admit_detach(struct ffs_fs *fs, struct ffs_request *req, struct ffs_e
 	return 0;
 }
 
+static void free_strings(struct ffs_request *req)
+{
+	free(req->qemu);
+	for (unsigned i = 0; i < req->n_disks; i++) {
+		free((char *)req->disks[i].id);
+		free((char *)req->disks[i].path);
+	}
+	free(req->disks);
+}
+
 int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_caller *who,
 	struct json_object *o, struct ffs_request *out, struct ffs_error *err)
 {
@@ -87,10 +97,11 @@ int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_c
 			r = ffs_named_reserve(sbx, req.name, who, &req.named, err);
 		pthread_mutex_unlock(&fs->lock);
 	}
-	if (r < 0)
-		free(req.qemu);
-	else
+	if (r < 0) {
+		free_strings(&req);
+	} else {
 		*out = req;
+	}
 	return r;
 }
 
@@ -98,7 +109,7 @@ void ffs_request_clear(struct ffs_fs *fs, struct ffs_request *req)
 {
 	ffs_sbx_unref(req->sbx);
 	ffs_named_unref(req->named);
-	free(req->qemu);
+	free_strings(req);
 	*req = (struct ffs_request){0};
 }
 
@@ -147,8 +158,13 @@ static bool publish_attach(struct ffs_txn *t, struct ffs_request *req, struct ff
 static void run_attach(struct ffs_txn *t, struct ffs_request *req)
 {
 	struct ffs_fs *fs = ffs_txn_fs(t);
-	struct ffs_attach_options opt = {
-		.name = req->name, .pid = req->pid, .qemu_socket = req->qemu, .track = req->track};
+	struct ffs_attach_options opt = {.name = req->name,
+		.pid = req->pid,
+		.qemu_socket = req->qemu,
+		.track = req->track,
+		.disks = req->disks,
+		.n_disks = req->n_disks,
+		.own_mount = fs->mount_dev};
 	struct ffs_sandbox *engine = NULL;
 	struct ffs_error err = {0};
 	int r = FFS_FAULT("fs-attach");
@@ -349,7 +365,8 @@ static bool txn_wanted(void *arg)
 static void run_branch(struct ffs_txn *t, struct ffs_request *req)
 {
 	struct ffs_error err = {0};
-	int r = ffs_named_take(req->named, CTL_TAKE_NS, ffs_txn_cancel(t), txn_wanted, t, &err);
+	struct ffs_take_options how = {.timeout_ns = CTL_TAKE_NS, .without_disks = req->without_disks};
+	int r = ffs_named_take(req->named, &how, ffs_txn_cancel(t), txn_wanted, t, &err);
 
 	if (r < 0)
 		ffs_txn_failed(t, -r, &err);

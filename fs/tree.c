@@ -264,6 +264,14 @@ struct ffs_named *ffs_named_new(struct ffs_sbx *sbx, const char *name)
 	return n;
 }
 
+int ffs_named_disk(const struct ffs_named *n, const char *id)
+{
+	for (unsigned i = 0; i < n->n_disks; i++)
+		if (strcmp(n->disks[i].id, id) == 0)
+			return (int)i;
+	return -1;
+}
+
 struct ffs_named *ffs_named_ref(struct ffs_named *n)
 {
 	n->refs++;
@@ -275,6 +283,7 @@ void ffs_named_unref(struct ffs_named *n)
 	if (!n || --n->refs)
 		return;
 	ffs_sbx_unref(n->sbx);
+	free(n->disks);
 	free(n);
 }
 

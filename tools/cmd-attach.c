@@ -16,7 +16,8 @@
 
 struct attach_args {
 	const char *pid, *qemu, *owner, *mount;
-	const char *firecracker, *coop, *disk;
+	const char *firecracker, *coop;
+	struct ffs_words *disks;
 	bool track, json, help;
 };
 
@@ -39,6 +40,28 @@ static int absolute_path(const char *path, char **out, struct ffs_error *err)
 	if (!full)
 		return ffs_error_set(err, ENOMEM, "no memory for a path");
 	*out = full;
+	return 0;
+}
+
+static int add_disks(const struct ffs_words *disks, struct json_object *body, struct ffs_error *err)
+{
+	struct json_object *o = json_object_new_object();
+
+	json_object_object_add(body, "disks", o);
+	for (unsigned i = 0; i < disks->n; i++) {
+		_cleanup_free_ char *full = NULL;
+		const char *path;
+		char id[65];
+		int r = ffs_disk_parse(disks->word[i], id, &path, err);
+
+		if (!r && json_object_object_get_ex(o, id, NULL))
+			r = ffs_error_set(err, EINVAL, "--disk %s is given twice", id);
+		if (!r)
+			r = absolute_path(path, &full, err);
+		if (r < 0)
+			return r;
+		json_object_object_add(o, id, json_object_new_string(full));
+	}
 	return 0;
 }
 
@@ -71,6 +94,8 @@ static int build_attach(
 		if (!r)
 			json_object_object_add(body, "owner", json_object_new_string(owner));
 	}
+	if (!r && a->disks->n)
+		r = add_disks(a->disks, body, err);
 	if (r < 0)
 		json_object_put(request);
 	else
@@ -108,7 +133,8 @@ static int print_attached(
 
 int ffs_cmd_attach(const struct ffs_command *self, int argc, char **argv)
 {
-	struct attach_args a = {0};
+	_cleanup_(ffs_words_free) struct ffs_words disks = {0};
+	struct attach_args a = {.disks = &disks};
 	const struct ffs_opt opts[] = {
 		{"pid", 0, FFS_OPT_VALUE, &a.pid},
 		{"qemu", 0, FFS_OPT_VALUE, &a.qemu},
@@ -116,7 +142,7 @@ int ffs_cmd_attach(const struct ffs_command *self, int argc, char **argv)
 		{"owner", 0, FFS_OPT_VALUE, &a.owner},
 		{"firecracker", 0, FFS_OPT_VALUE, &a.firecracker},
 		{"coop", 0, FFS_OPT_VALUE, &a.coop},
-		{"disk", 0, FFS_OPT_VALUE, &a.disk},
+		{"disk", 0, FFS_OPT_EACH, &disks},
 		{"json", 0, FFS_OPT_FLAG, &a.json},
 		{"mount", 0, FFS_OPT_VALUE, &a.mount},
 		{"help", 'h', FFS_OPT_FLAG, &a.help},
@@ -140,9 +166,6 @@ int ffs_cmd_attach(const struct ffs_command *self, int argc, char **argv)
 	if (a.firecracker || a.coop)
 		return ffs_usage_error(
 			self, "this version has the driver qemu only: say --qemu QMP_SOCKET or --pid PID");
-	if (a.disk)
-		return ffs_usage_error(
-			self, "this version takes no disks: a branch is memory and device state");
 	if (!a.pid == !a.qemu)
 		return ffs_usage_error(
 			self, "say %s --pid PID or --qemu QMP_SOCKET", a.pid ? "only one of" : "which VM:");

@@ -24,7 +24,9 @@ const struct ffs_command ffs_commands[] = {
 	{"mount", "DIR [-f] [-o OPTION[=VALUE],…]", "start a daemon that presents its sandboxes in DIR",
 		ffs_cmd_mount},
 	{"umount", "DIR", "detach every sandbox of a mount and end its daemon", ffs_cmd_umount},
-	{"attach", "NAME (--pid PID | --qemu QMP_SOCKET) [--track] [--owner UID:GID[:rw]] [--json]",
+	{"attach",
+		"NAME (--pid PID | --qemu QMP_SOCKET) [--disk ID=PATH]... [--track] [--owner UID:GID[:rw]] "
+		"[--json]",
 		"make a running VM the sandbox NAME; the VM is not stopped", ffs_cmd_attach},
 	{"detach", "NAME", "let go of a VM; it runs on", ffs_cmd_detach},
 	{"ls", "[NAME] [--json]", "list the sandboxes, or the branches of one", ffs_cmd_ls},

@@ -31,7 +31,7 @@ static const struct ffs_opt *find_letter(const struct ffs_opt *opts, char letter
 
 static bool takes_value(const struct ffs_opt *o)
 {
-	return o->kind == FFS_OPT_VALUE || o->kind == FFS_OPT_LIST;
+	return o->kind == FFS_OPT_VALUE || o->kind == FFS_OPT_LIST || o->kind == FFS_OPT_EACH;
 }
 
 /* `shown` is the option as the user wrote it. */
@@ -57,6 +57,16 @@ static int apply(const struct ffs_opt *o, const char *shown, const char *value, 
 			return ffs_error_set(err, ENOMEM, "no memory for %s", shown);
 		free(*out);
 		*out = joined;
+		return 0;
+	}
+	case FFS_OPT_EACH: {
+		struct ffs_words *out = o->out;
+		const char **more = realloc(out->word, (out->n + 1) * sizeof(*more));
+
+		if (!more)
+			return ffs_error_set(err, ENOMEM, "no memory for %s", shown);
+		out->word = more;
+		out->word[out->n++] = value;
 		return 0;
 	}
 	case FFS_OPT_CHOICE: {
@@ -243,6 +253,16 @@ int ffs_owner_parse(const char *text, char out[64], struct ffs_error *err)
 	return 0;
 bad:
 	return ffs_error_set(err, EINVAL, "--owner '%.80s' is not UID:GID or UID:GID:rw", text);
+}
+
+int ffs_disk_parse(const char *text, char id[65], const char **path, struct ffs_error *err)
+{
+	const char *equals = strchr(text, '=');
+
+	if (!equals || !equals[1])
+		return ffs_error_set(err, EINVAL, "--disk '%.140s' is not ID=PATH", text);
+	*path = equals + 1;
+	return take_name("disk", text, (size_t)(equals - text), id, err);
 }
 
 int ffs_pid_parse(const char *text, int *pid, struct ffs_error *err)

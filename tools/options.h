@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdbool.h>
+#include <stdlib.h>
 
 #include "base/error.h"
 
@@ -9,8 +10,18 @@ enum ffs_opt_kind {
 	FFS_OPT_FLAG,   /* bool *: becomes true */
 	FFS_OPT_VALUE,  /* const char **: the argument; given twice is an error */
 	FFS_OPT_LIST,   /* char **: arguments joined by commas, freed by the caller */
+	FFS_OPT_EACH,   /* struct ffs_words *: every argument, in order; ffs_words_free() */
 	FFS_OPT_CHOICE, /* const char **: the option's own name; two different ones exclude each other */
 };
+
+struct ffs_words {
+	const char **word; /* the arguments themselves */
+	unsigned n;
+};
+static inline void ffs_words_free(struct ffs_words *w)
+{
+	free(w->word);
+}
 
 struct ffs_opt {
 	const char *name; /* without dashes; NULL ends the table (or: only a letter, when letter is set) */
@@ -42,6 +53,9 @@ int ffs_target_parse(
 /* "UID:GID[:rw]", numbers or names, as the numeric string that the tree understands (at most 63 bytes).
  * -EINVAL. */
 int ffs_owner_parse(const char *text, char out[64], struct ffs_error *err);
+
+/* "ID=PATH" into the ID (ffs_check_name) and the PATH, which may have further equals signs. -EINVAL. */
+int ffs_disk_parse(const char *text, char id[65], const char **path, struct ffs_error *err);
 
 /* A process id, in whole and positive. -EINVAL. */
 int ffs_pid_parse(const char *text, int *pid, struct ffs_error *err);

@@ -93,3 +93,17 @@ struct ffs_procmap_query {
 #define FFS_PROCMAP_QUERY_VMA_SHARED 0x08
 #define FFS_PROCMAP_QUERY_COVERING_OR_NEXT_VMA 0x10
 #define FFS_PROCMAP_QUERY_FILE_BACKED_VMA 0x20
+
+/* include/uapi/linux/mman.h, 6.5: cachestat(2), how much of a file's page cache is dirty */
+#define FFS_SYS_CACHESTAT 451
+struct ffs_cachestat_range {
+	__u64 off;
+	__u64 len; /* 0: to the end */
+};
+struct ffs_cachestat {
+	__u64 nr_cache;
+	__u64 nr_dirty;
+	__u64 nr_writeback;
+	__u64 nr_evicted;
+	__u64 nr_recently_evicted;
+};

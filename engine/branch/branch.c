@@ -89,6 +89,7 @@ void ffs_branch_put(struct ffs_branch *b)
 		free((void *)b->need[i]);
 	ffs_image_close(&b->image);
 	ffs_close_fd(&b->vmstate_fd);
+	ffs_disk_images_close(&b->disks);
 	json_object_put(b->vmm);
 	json_object_put(b->torn);
 	ffs_tracker_unref(b->tracker);
@@ -261,6 +262,33 @@ ssize_t ffs_branch_read_vmstate(struct ffs_branch *b, void *buf, size_t len, uin
 	if (ffs_branch_failed(b))
 		return -EIO;
 	return ffs_pread_full(b->vmstate_fd, buf, len, off);
+}
+
+unsigned ffs_branch_disks(const struct ffs_branch *b)
+{
+	return b->disks.n;
+}
+
+const char *ffs_branch_disk_id(const struct ffs_branch *b, unsigned i)
+{
+	return b->disks.image[i].id;
+}
+
+uint64_t ffs_branch_disk_size(const struct ffs_branch *b, unsigned i)
+{
+	return b->disks.image[i].size;
+}
+
+int ffs_branch_disk_fd(struct ffs_branch *b, unsigned i)
+{
+	return b->disks.image[i].fd;
+}
+
+ssize_t ffs_branch_read_disk(struct ffs_branch *b, unsigned i, void *buf, size_t len, uint64_t off)
+{
+	if (ffs_branch_failed(b))
+		return -EIO;
+	return ffs_pread_full(b->disks.image[i].fd, buf, len, off);
 }
 
 int ffs_branch_memory_fd(struct ffs_branch *b)

@@ -19,6 +19,7 @@
 #include "base/util.h"
 #include "branch/image.h"
 #include "branch/pages.h"
+#include "disk/disks.h"
 #include "forkfs-engine.h"
 #include "guest/memory.h"
 #include "uffd/inject.h"
@@ -89,7 +90,7 @@ struct ffs_tracker {
 enum ffs_branch_fail { FFS_FAIL_NONE, FFS_FAIL_SETTING, FFS_FAIL_SET };
 
 struct ffs_phases {
-	uint64_t scan_ns, prearm_ns, converge_ns, stop_ns, vmstate_ns, arm_ns, resume_ns, pause_ns,
+	uint64_t scan_ns, prearm_ns, converge_ns, stop_ns, vmstate_ns, arm_ns, disks_ns, resume_ns, pause_ns,
 		capture_ns;
 	uint64_t converge_rounds, dirty_at_pause;
 	bool priority_lent;
@@ -104,9 +105,10 @@ struct ffs_branch {
 	struct ffs_image image;
 	int vmstate_fd;
 	uint64_t vmstate_size;
-	const char *vmm_kind;     /* static */
-	struct json_object *vmm;  /* what the driver said: read-only */
-	struct json_object *torn; /* sentences of what was overruled by force; NULL: nothing; read-only */
+	const char *vmm_kind;         /* static */
+	struct json_object *vmm;      /* what the driver said: read-only */
+	struct json_object *torn;     /* sentences of what was overruled by force; NULL: nothing; read-only */
+	struct ffs_disk_images disks; /* fixed once the branch was taken */
 	struct ffs_phases phases;
 
 	struct ffs_tracker *tracker; /* a reference, until the branch is freed */
@@ -140,6 +142,7 @@ struct ffs_sandbox {
 	bool track;
 	bool force;              /* every branch is taken although memory has other writers */
 	struct ffs_proc_id proc; /* of the VMM, also after detach */
+	struct ffs_disks *disks; /* named at attach, fixed; NULL: none */
 	struct ffs_vmm *vmm;     /* used by whoever is `busy`; NULL once detached (changes under lock) */
 
 	pthread_mutex_t lock; /* below */

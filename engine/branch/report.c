@@ -70,6 +70,7 @@ void ffs_report_phases(struct json_object *obj, const struct ffs_phases *p)
 	add_u64(ph, "stop_ns", p->stop_ns);
 	add_u64(ph, "vmstate_ns", p->vmstate_ns);
 	add_u64(ph, "arm_ns", p->arm_ns);
+	add_u64(ph, "disks_ns", p->disks_ns);
 	add_u64(ph, "resume_ns", p->resume_ns);
 	add_u64(ph, "capture_ns", p->capture_ns);
 	json_object_object_add(obj, "phases", ph);
@@ -104,6 +105,16 @@ struct json_object *ffs_report_regions(const struct ffs_geometry *geo)
 	return list;
 }
 
+/* As attach takes them: {"ID":"PATH"}. */
+static struct json_object *named_disks(const struct ffs_sandbox *sb)
+{
+	struct json_object *o = json_object_new_object();
+
+	for (unsigned i = 0; sb->disks && i < sb->disks->n; i++)
+		add_str(o, sb->disks->disk[i].id, sb->disks->disk[i].path);
+	return o;
+}
+
 int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out)
 {
 	struct json_object *o = json_object_new_object();
@@ -126,6 +137,7 @@ int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out)
 	add_u64(o, "memory_bytes", sb->geo.memory_size);
 	json_object_object_add(o, "regions", ffs_report_regions(&sb->geo));
 	json_object_object_add(o, "tracking", json_object_new_boolean(sb->track));
+	json_object_object_add(o, "disks", named_disks(sb));
 	if (sb->findings)
 		json_object_object_add(o, "findings", copy_of(sb->findings));
 	if (sb->tracker) {
@@ -176,6 +188,37 @@ static void add_branch_head(struct json_object *o, struct ffs_branch *b)
 		json_object_object_add(o, "torn_possible", copy_of(b->torn));
 }
 
+static void add_disks(struct json_object *o, const struct ffs_branch *b)
+{
+	struct json_object *list = json_object_new_array();
+
+	for (unsigned i = 0; i < b->disks.n; i++) {
+		const struct ffs_disk_image *img = &b->disks.image[i];
+		struct json_object *d = json_object_new_object();
+		char text[200];
+
+		add_str(d, "id", img->id);
+		add_str(d, "path", img->path);
+		add_u64(d, "size", img->size);
+		add_str(d, "how", img->copied ? "copy" : "clone");
+		add_u64(d, "capture_ns", img->capture_ns);
+		if (img->copied) {
+			snprintf(text, sizeof(text),
+				"the file system of this disk shares no blocks: it was copied inside the "
+				"pause, which became %.1f ms "
+				"longer",
+				(double)img->capture_ns / 1e6);
+			add_str(d, "warning", text);
+		}
+		json_object_array_add(list, d);
+	}
+	json_object_object_add(o, "disks", list);
+	if (b->disks.n) {
+		add_u64(o, "disk_flush_ns", b->disks.flush_ns);
+		add_u64(o, "disk_flush_rounds", b->disks.flush_rounds);
+	}
+}
+
 static struct ffs_phases phases_now(struct ffs_branch *b, enum ffs_branch_state *state)
 {
 	pthread_mutex_lock(&b->lock);
@@ -204,6 +247,7 @@ int ffs_branch_status(struct ffs_branch *b, struct json_object **out)
 	add_u64(o, "memory_bytes", b->geo.memory_size);
 	add_u64(o, "captured_bytes", b->geo.memory_size - atomic_load(&b->remaining));
 	add_u64(o, "vmstate_bytes", b->vmstate_size);
+	add_disks(o, b);
 	ffs_report_phases(o, &ph);
 	add_u64(o, "faults", atomic_load(&b->faults));
 	add_u64(o, "fault_max_ns", atomic_load(&b->fault_max_ns));
@@ -237,6 +281,7 @@ int ffs_branch_manifest(struct ffs_branch *b, struct json_object **out)
 	json_object_object_add(o, "memory", mem);
 	add_u64(vs, "size", b->vmstate_size);
 	json_object_object_add(o, "vmstate", vs);
+	add_disks(o, b);
 	add_str(vmm, "kind", b->vmm_kind);
 	add_all(vmm, b->vmm);
 	json_object_object_add(o, "vmm", vmm);

@@ -183,6 +183,7 @@ static void sandbox_free(struct ffs_sandbox *sb)
 {
 	if (sb->vmm)
 		sb->vmm->ops->close(sb->vmm);
+	ffs_disks_free(sb->disks);
 	json_object_put(sb->vmm_desc);
 	json_object_put(sb->findings);
 	pthread_cond_destroy(&sb->idle);
@@ -286,6 +287,8 @@ int ffs_sandbox_attach_driver(struct ffs_engine *engine, const struct ffs_vmm_op
 		if (e < 0)
 			ffs_error_errno(err, -e, "cannot attach %s", opt->name);
 	}
+	if (e == 0)
+		e = ffs_disks_open(sb->proc.pid, opt->disks, opt->n_disks, opt->own_mount, &sb->disks, err);
 	if (e == 0)
 		e = enlist(engine, sb, err);
 	if (e < 0) {

@@ -5,8 +5,9 @@
  *     pause                 the VMM's own stop: vCPUs stopped, device I/O drained
  *     vmstate    (paused)   saving device state may itself write guest memory, so it comes before
  *     arm        (paused)   re-protect what was dirtied since: only now does the branch's instant exist
- *     resume                guest first: whatever failed above
- *     capture    (running)  the tracker's threads
+ *     disks      (paused)   clone the disks that were named at attach: the VMM's I/O is drained, its caches
+ * are flushed resume                guest first: whatever failed above capture    (running)  the tracker's
+ * threads
  *
  * Runs in the caller's thread, which owns sb->busy, so nobody else uses the driver or replaces the tracker.
  * Holds no mutex while it waits for the VMM. */
@@ -37,6 +38,7 @@ struct take {
 	uint64_t deadline_ns;
 	uint32_t removes; /* seen when the sweep began */
 	bool was_running, armed;
+	bool with_disks;
 };
 
 static int stop_asked(const struct take *k, struct ffs_error *err)
@@ -94,8 +96,11 @@ static int prearm_and_converge(const struct take *k, struct ffs_error *err)
 	int e = sweep(k, false, &swept, err);
 
 	ph->prearm_ns = ffs_now_ns() - start;
-	start = ffs_now_ns();
 	before = swept;
+	/* what was written to the disks during the sweep; little, since they were flushed before it */
+	if (e == 0 && k->with_disks)
+		e = ffs_disks_flush(k->sb->disks, k->cancel, k->deadline_ns, &k->b->disks, err);
+	start = ffs_now_ns();
 	for (unsigned round = 0; e == 0 && k->was_running && round < CONVERGE_ROUNDS; round++) {
 		e = sweep(k, false, &swept, err);
 		ph->converge_rounds = round + 1;
@@ -133,6 +138,19 @@ static int arm(struct take *k, struct ffs_error *err)
 	k->b->phases.dirty_at_pause = swept + late;
 	k->b->phases.arm_ns = ffs_now_ns() - start;
 	return 0;
+}
+
+/* After arm, guest stopped: QEMU's stop returns when its block layer is drained and flushed (do_vm_stop:
+ * bdrv_drain_all, bdrv_flush_all), so the files hold every write that the guest was told is done, and no
+ * other comes. */
+static int capture_disks(struct take *k, struct ffs_error *err)
+{
+	uint64_t start = ffs_now_ns();
+	int e = ffs_disk_images_capture(k->sb->disks, &k->b->disks, k->sb->vmm->beat, k->sb->vmm->beat_arg,
+		start + FFS_PAUSE_LIMIT_NS, err);
+
+	k->b->phases.disks_ns = ffs_now_ns() - start;
+	return e;
 }
 
 static int resume_guest(struct take *k, struct ffs_error *err)
@@ -193,6 +211,8 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 	}
 	if (e == 0 && !k->armed && !FFS_MUTANT("arm-after-resume"))
 		e = arm(k, err);
+	if (e == 0 && k->with_disks && !FFS_MUTANT("disks-after-resume"))
+		e = capture_disks(k, err);
 	/* on every path: undoes our own stop, and only looks where the VM was found stopped */
 	uint64_t t2 = ffs_now_ns();
 	struct ffs_error why = {0};
@@ -208,6 +228,8 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 		e = ffs_error_set(err, why.code, "%s", why.text);
 	if (e == 0 && !k->armed)
 		e = arm(k, err);
+	if (e == 0 && k->with_disks && FFS_MUTANT("disks-after-resume"))
+		e = capture_disks(k, err);
 	if (e == 0 && vmm->resumed_by_others)
 		e = ffs_error_set(err, EAGAIN,
 			"somebody else resumed %s while the branch was taken: its memory and vmstate are of "
@@ -280,6 +302,17 @@ static void free_slot(struct ffs_tracker *t, unsigned slot)
 	pthread_mutex_unlock(&t->lock);
 }
 
+/* Guest running: everything that would make the disks impossible is refused here. */
+static int prepare_disks(struct take *k, struct ffs_error *err)
+{
+	struct ffs_disks *d = k->sb->disks;
+	int e = ffs_disks_check(d, k->sb->proc.pid, err);
+
+	if (e == 0)
+		e = ffs_disk_images_prepare(d, &k->b->disks, err);
+	return e == 0 ? ffs_disks_flush(d, k->cancel, k->deadline_ns, &k->b->disks, err) : e;
+}
+
 /* The protocol on a tracker that is known to be good, with a slot reserved. */
 static int run_protocol(struct take *k, struct ffs_error *err)
 {
@@ -309,6 +342,8 @@ static int run_protocol(struct take *k, struct ffs_error *err)
 		ffs_log(FFS_LOG_WARN, "%s: %s", k->sb->name, lost.text);
 	if (e == 0)
 		e = collect_vmstate(k, err);
+	if (e == 0 && k->with_disks)
+		e = ffs_disk_images_seal(&k->b->disks, err);
 	if (e < 0 && k->armed)
 		ffs_branch_fail(
 			k->b, -e, "%s", err && err->text[0] ? err->text : "the branch could not be taken");
@@ -345,6 +380,9 @@ int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt
 	}
 	k.b->slot = slot;
 	e = ffs_sandbox_scan(sb, opt->force, &k.b->phases.scan_ns, &k.b->torn, err);
+	k.with_disks = sb->disks && !opt->without_disks;
+	if (e == 0 && k.with_disks)
+		e = prepare_disks(&k, err);
 	if (e == 0)
 		e = run_protocol(&k, err);
 	if (e < 0) {

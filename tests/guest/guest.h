@@ -17,3 +17,4 @@ int counter_main(int argc, char **argv);
 int load_main(int argc, char **argv);
 int selfcheck_main(int argc, char **argv);
 int stall_main(int argc, char **argv);
+int journal_main(int argc, char **argv);

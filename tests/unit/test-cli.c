@@ -47,6 +47,32 @@ static void parse(struct parsed *p, ...)
 	p->result = ffs_opts_parse(opts, argc, p->argv, &p->n, &p->err);
 }
 
+static void test_disks(void **state)
+{
+	struct ffs_words words = {0};
+	const struct ffs_opt opts[] = {{"disk", 0, FFS_OPT_EACH, &words}, {0}};
+	char *argv[] = {(char *)"command", (char *)"--disk", (char *)"a=/x", (char *)"--disk=b=/y=z", NULL};
+	struct ffs_error err = {0};
+	const char *path;
+	char id[65];
+	int n;
+
+	assert_int_equal(ffs_opts_parse(opts, 4, argv, &n, &err), 0);
+	assert_int_equal(n, 0);
+	assert_int_equal(words.n, 2);
+	assert_int_equal(ffs_disk_parse(words.word[0], id, &path, &err), 0);
+	assert_string_equal(id, "a");
+	assert_string_equal(path, "/x");
+	assert_int_equal(ffs_disk_parse(words.word[1], id, &path, &err), 0);
+	assert_string_equal(id, "b");
+	assert_string_equal(path, "/y=z");
+	ffs_words_free(&words);
+	assert_int_equal(ffs_disk_parse("a", id, &path, &err), -EINVAL);
+	assert_int_equal(ffs_disk_parse("a=", id, &path, &err), -EINVAL);
+	assert_int_equal(ffs_disk_parse("=/x", id, &path, &err), -EINVAL);
+	assert_int_equal(ffs_disk_parse("a/b=/x", id, &path, &err), -EINVAL);
+}
+
 static void test_options(void **state)
 {
 	struct parsed p = {0};
@@ -284,6 +310,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_options),
+		cmocka_unit_test(test_disks),
 		cmocka_unit_test(test_options_refused),
 		cmocka_unit_test(test_targets),
 		cmocka_unit_test(test_target_lengths),

@@ -13,7 +13,8 @@ from . import console, processes, qmp
 GUEST_DIR = pathlib.Path(__file__).resolve().parents[2] / "guest"
 MIB = 1 << 20
 # What a program of the guest says when it has its memory and works.
-AT_WORK = {"counter": r"^tick \d+$", "load": r"^load [1-9]\d*$", "selfcheck": r"^ok \d+ \d+$"}
+AT_WORK = {"counter": r"^tick \d+$", "load": r"^load [1-9]\d*$", "selfcheck": r"^ok \d+ \d+$",
+           "journal": r"^journal \d+$"}
 
 
 def kit():
@@ -37,18 +38,20 @@ class Guest:
     backend   memfd (shared), ram (private) or file (a child's: private mapping of `memory`)
     run       what the guest starts, e.g. ["counter", "load,mib=64"]
     disk      None, "plain" or "iothread"
+    image     the file behind the disk, which is there already; by default an empty one in the guest's own directory
+    overlay   the disk's writes go to a temporary file: the image is opened for reading only
     Two QMP sockets: `qmp_path` is left to forkfs; `qmp` is the test's own, which also counts events.
     """
 
     def __init__(self, case, name, run=("counter",), machine=None, mib=256, backend="memfd", smp=2, disk=None,
-                 memory=None, stream=None):
+                 memory=None, stream=None, image=None, overlay=False):
         self.case, self.name, self.mib, self.smp = case, name, mib, smp
         self.machine = machine or ("q35" if disk else "microvm")
-        self.run, self.disk_kind = list(run), disk
+        self.run, self.disk_kind, self.overlay = list(run), disk, overlay
         self.dir = case.dir / f"vm-{name}"
         self.dir.mkdir()
         self.qmp_path = str(self.dir / "qmp")
-        self.disk = None
+        self.disk = image
         self.backend = "file" if memory else backend
         command = self._command(memory)
         if stream:
@@ -85,14 +88,16 @@ class Guest:
                    "-kernel", f"{kernel}/vmlinuz", "-initrd", f"{kernel}/initrd",
                    "-append", "console=ttyS0 quiet panic=-1 " + " ".join(f"run={r}" for r in self.run)]
         if self.disk_kind:
-            self.disk = self.dir / "disk.img"
-            with open(self.disk, "wb") as f:
-                f.truncate(64 * MIB)
+            if not self.disk:
+                self.disk = self.dir / "disk.img"
+                with open(self.disk, "wb") as f:
+                    f.truncate(64 * MIB)
             device = "virtio-blk-pci,drive=d0"
             if self.disk_kind == "iothread":
                 command += ["-object", "iothread,id=io0"]
                 device += ",iothread=io0"
-            command += ["-drive", f"file={self.disk},format=raw,if=none,id=d0", "-device", device]
+            command += ["-drive", f"file={self.disk},format=raw,if=none,id=d0{',snapshot=on' if self.overlay else ''}",
+                        "-device", device]
         return command
 
     def _incoming(self, stream):
@@ -104,8 +109,11 @@ class Guest:
             said = (self.dir / "stderr").read_text().strip()
             raise AssertionError(f"the child could not load {stream}: {said}")
 
-    def child(self, name, memory, stream):
-        """A VM that goes on from a branch's two files; stopped until `go`."""
+    def child(self, name, memory, stream, disk=None):
+        """A VM that goes on from a branch's two files; stopped until `go`. disk: a captured one, used through an overlay."""
+        if disk:
+            return Guest(self.case, name, run=self.run, machine=self.machine, mib=self.mib, smp=self.smp, disk=self.disk_kind,
+                         memory=memory, stream=stream, image=disk, overlay=True)
         other = Guest(self.case, name, run=self.run, machine=self.machine, mib=self.mib, smp=self.smp,
                       disk=self.disk_kind, memory=memory, stream=stream)
         if self.disk:
