@@ -31,6 +31,25 @@ int ffs_engine_new(struct ffs_engine **out, struct ffs_error *err);
  * readable. */
 void ffs_engine_unref(struct ffs_engine *engine);
 
+/* What all branches of an engine may take together. */
+#define FFS_MEMORY_UNLIMITED UINT64_MAX
+#define FFS_MEMORY_AUTO (UINT64_MAX - 1) /* what the machine has left at the time, but for a sixteenth */
+struct ffs_engine_limits {
+	uint64_t memory;   /* bytes of images, settled or in flight; or one of the above. ENOSPC beyond */
+	unsigned captures; /* in flight at once; further ones wait their turn, a sandbox after the other. 0:
+			      any number */
+};
+/* Without it: no limits. For branches taken from now on. */
+void ffs_engine_limit(struct ffs_engine *engine, const struct ffs_engine_limits *limits);
+
+struct ffs_engine_usage {
+	struct ffs_engine_limits limits;
+	uint64_t memory_taken;    /* by images that are complete, until their last user is gone */
+	uint64_t memory_reserved; /* for captures in flight: as much as each can need */
+	unsigned captures, waiting;
+};
+void ffs_engine_usage(struct ffs_engine *engine, struct ffs_engine_usage *out);
+
 /* ---- cancellation
  * ---------------------------------------------------------------------------------------------- */
 
@@ -89,7 +108,8 @@ uint64_t ffs_sandbox_memory_size(const struct ffs_sandbox *sb);
 enum ffs_run_state ffs_sandbox_state(struct ffs_sandbox *sb);
 /* A new JSON object for `status`, owned by the caller (json_object_put). Never waits for the VMM. Keys: name,
  * vmm, vmm_version, pid, state, memory_bytes, regions[{name,gpa,offset,size,page_size,kind}], tracking,
- * in_flight, branches_taken, last_branch{pause_ns,…} or null. */
+ * in_flight, queue[{name,place}] (who waits for a permit), disks, branches_taken, last_branch{pause_ns,…} or
+ * null. */
 int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out);
 
 /* ---- branches
@@ -113,7 +133,7 @@ struct ffs_branch_options {
  * readable; the capture goes on in the engine's threads. On failure the guest runs as before (a VM that was
  * found paused stays paused) and *out is untouched. Errors: ESRCH (VM gone), EAGAIN (timeout_ns), EINTR
  * (cancel), EBUSY (other writers, see force), ETIMEDOUT (VMM did not stop in 2 s; it was told to run on),
- * ENOSPC/ENOMEM, EIO, ENOTSUP with the sentence. */
+ * ENOSPC (memory of images, room for disks: before the pause), ENOMEM, EIO, ENOTSUP with the sentence. */
 int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt, struct ffs_cancel *cancel,
 	struct ffs_branch **out, struct ffs_error *err);
 

@@ -172,7 +172,12 @@ static int setup_fs(struct daemon *d, const struct ffs_mount_options *opt, struc
 	fs->sentences = ffs_sentences_new();
 	if (!fs->nodes || !fs->handles || !fs->events || !fs->sentences)
 		return ffs_error_set(err, ENOMEM, "no memory");
-	return ffs_engine_new(&fs->engine, err);
+	int r = ffs_engine_new(&fs->engine, err);
+
+	if (r == 0)
+		ffs_engine_limit(fs->engine,
+			&(struct ffs_engine_limits){.memory = opt->memory, .captures = opt->captures});
+	return r;
 }
 
 static void session_ready(void *arg)

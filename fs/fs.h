@@ -24,6 +24,8 @@ struct ffs_mount_options {
 	bool branch_off;      /* hide branch/ and branch@KEY/ */
 	uint64_t lease_ns;    /* life of a generation after its last open, read or close; 30 s */
 	unsigned branch_rate; /* branch/ triggers a second and sandbox, then EAGAIN; 10. 0: no limit */
+	uint64_t memory;      /* for images: struct ffs_engine_limits; FFS_MEMORY_AUTO */
+	unsigned captures;    /* at once; twice the CPUs, at least 8. 0: any number */
 	enum ffs_passthrough_option passthrough;
 	uint32_t max_read;      /* largest read request asked for, bytes, a multiple of 4096; 1 MiB */
 	enum ffs_log_level log; /* FFS_LOG_INFO */
@@ -35,9 +37,9 @@ struct ffs_mount_options {
 void ffs_mount_options_init(struct ffs_mount_options *opt);
 
 /* Take in a comma-separated list as -o gives it: allow_other, branch=on|off, branch-rate=N, lease=SECONDS,
- * passthrough=auto|off, max_read=BYTES, log=error|warning|info|debug. What mount(8) and fstab add (rw, dev,
- * suid, exec, auto, user, _netdev, x-*, …) is accepted and ignored. -EINVAL with a sentence that names the
- * option. */
+ * memory=SIZE|auto|unlimited, captures=N, passthrough=auto|off, max_read=BYTES, log=error|warning|info|debug.
+ * What mount(8) and fstab add (rw, dev, suid, exec, auto, user, _netdev, x-*, …) is accepted and ignored.
+ * -EINVAL with a sentence that names the option. */
 int ffs_mount_options_parse(struct ffs_mount_options *opt, const char *list, struct ffs_error *err);
 
 /* Mount and serve. The calling process must have one thread (the engine forks helpers first).

@@ -111,11 +111,14 @@ int ffs_named_take(struct ffs_named *n, const struct ffs_take_options *how, stru
 	struct ffs_shot *s = NULL, *watch = NULL;
 	int r = take(n, how, cancel, &s, err);
 
-	if (r == -EAGAIN && how->timeout_ns == MKDIR_NS && err)
-		snprintf(err->text, sizeof(err->text),
+	if (r == -EAGAIN && how->timeout_ns == MKDIR_NS && err) {
+		struct ffs_error why = *err;
+
+		ffs_error_set(err, EAGAIN,
 			"no branch within 1 s, the bound of mkdir (it locks the directory): write "
-			"{\"branch\":{\"name\":\"%s\"}} to the sandbox's ctl, which waits longer",
-			n->name);
+			"{\"branch\":{\"name\":\"%s\"}} to the sandbox's ctl, which waits longer (%.250s)",
+			n->name, why.text);
+	}
 	pthread_mutex_lock(&fs->lock);
 	if (!r && !wanted(arg))
 		r = ffs_error_set(err, EINTR, "branch '%s' was given up by its client", n->name);

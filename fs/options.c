@@ -3,19 +3,30 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/cleanup.h"
 #include "base/util.h"
+#include "forkfs-engine.h"
 #include "fs.h"
 
 #define MAX_LEASE_S 86400u
 #define MAX_RATE 100000u
+
+static unsigned default_captures(void)
+{
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+
+	return cpus > 4 ? 2 * (unsigned)cpus : 8;
+}
 
 void ffs_mount_options_init(struct ffs_mount_options *opt)
 {
 	*opt = (struct ffs_mount_options){
 		.lease_ns = 30 * FFS_NS_PER_S,
 		.branch_rate = 10,
+		.memory = FFS_MEMORY_AUTO,
+		.captures = default_captures(),
 		.max_read = 1u << 20,
 		.log = FFS_LOG_INFO,
 	};
@@ -53,6 +64,29 @@ static int number(
 	return 0;
 }
 
+/* A number of bytes, or of units: 512M, 8G. */
+static int size(const char *name, const char *value, uint64_t *out, struct ffs_error *err)
+{
+	static const char units[] = "KMGT";
+	unsigned long long n = 0;
+	char *end = NULL;
+	int bad = *value < '0' || *value > '9';
+
+	errno = 0;
+	if (!bad)
+		n = strtoull(value, &end, 10);
+	const char *unit = !bad && *end ? strchr(units, *end) : NULL;
+
+	bad |= errno != 0 || (!bad && *end && (!unit || end[1]));
+	if (!bad && unit)
+		bad = ffs_mul_overflow(n, 1ull << (10 * (unit - units + 1)), &n);
+	if (bad || n >= FFS_MEMORY_AUTO)
+		return ffs_error_set(
+			err, EINVAL, "mount option %s: '%s' is no size (512M, 8G, …)", name, value);
+	*out = n;
+	return 0;
+}
+
 static int choice(
 	const char *name, const char *value, const char *const *words, unsigned *out, struct ffs_error *err)
 {
@@ -80,6 +114,17 @@ static int with_value(
 	} else if (strcmp(name, "branch-rate") == 0) {
 		r = number(name, value, MAX_RATE, &n, err);
 		opt->branch_rate = (unsigned)n;
+	} else if (strcmp(name, "memory") == 0) {
+		r = 0;
+		if (strcmp(value, "auto") == 0)
+			opt->memory = FFS_MEMORY_AUTO;
+		else if (strcmp(value, "unlimited") == 0)
+			opt->memory = FFS_MEMORY_UNLIMITED;
+		else
+			r = size(name, value, &opt->memory, err);
+	} else if (strcmp(name, "captures") == 0) {
+		r = number(name, value, MAX_RATE, &n, err);
+		opt->captures = (unsigned)n;
 	} else if (strcmp(name, "lease") == 0) {
 		r = number(name, value, MAX_LEASE_S, &n, err);
 		opt->lease_ns = n * FFS_NS_PER_S;
@@ -98,7 +143,7 @@ static int with_value(
 	} else {
 		r = ffs_error_set(err, EINVAL,
 			"there is no mount option '%s' (allow_other, branch=, branch-rate=, lease=, "
-			"passthrough=, max_read=, "
+			"memory=, captures=, passthrough=, max_read=, "
 			"log=)",
 			name);
 	}

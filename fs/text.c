@@ -65,6 +65,11 @@ static int make_capabilities(struct ffs_fs *fs, char **text)
 	json_object_object_add(o, "branch_directory", json_object_new_boolean(!fs->opt.branch_off));
 	json_object_object_add(o, "branch_rate", json_object_new_int64(fs->opt.branch_rate));
 	json_object_object_add(o, "lease_ns", json_object_new_int64((int64_t)fs->opt.lease_ns));
+	json_object_object_add(o, "memory",
+		fs->opt.memory == FFS_MEMORY_AUTO        ? json_object_new_string("auto")
+		: fs->opt.memory == FFS_MEMORY_UNLIMITED ? json_object_new_string("unlimited")
+							 : json_object_new_uint64(fs->opt.memory));
+	json_object_object_add(o, "captures", json_object_new_int64(fs->opt.captures));
 	json_object_object_add(o, "allow_other", json_object_new_boolean(fs->opt.allow_other));
 	json_object_object_add(o, "fuse_minor", json_object_new_int64(fs->pass.kernel_minor));
 	return from_json(o, text);
@@ -109,6 +114,7 @@ static void metric(FILE *f, const char *name, const char *type, const char *help
 static int make_metrics(struct ffs_fs *fs, char **text)
 {
 	struct tally t = {0};
+	struct ffs_engine_usage usage;
 	struct ffs_counters *c = &fs->count;
 	size_t len = 0;
 	FILE *f = open_memstream(text, &len);
@@ -116,12 +122,21 @@ static int make_metrics(struct ffs_fs *fs, char **text)
 	if (!f)
 		return -ENOMEM;
 	count_tree(fs, &t);
+	ffs_engine_usage(fs->engine, &usage);
 	metric(f, "sandboxes", "gauge", "Sandbox directories.", t.sandboxes);
 	metric(f, "sandboxes_exited", "gauge", "Sandboxes whose VM has exited.", t.exited);
 	fprintf(f, "# HELP forkfs_branches Named branches.\n# TYPE forkfs_branches gauge\n");
 	fprintf(f, "forkfs_branches{state=\"writing\"} %u\nforkfs_branches{state=\"ready\"} %u\n", t.writing,
 		t.ready);
 	fprintf(f, "forkfs_branches{state=\"failed\"} %u\n", t.failed);
+	metric(f, "image_bytes", "gauge", "Memory of complete images, until their last user is gone.",
+		usage.memory_taken);
+	metric(f, "image_reserved_bytes", "gauge", "Memory reserved for captures in flight.",
+		usage.memory_reserved);
+	metric(f, "captures", "gauge", "Captures in flight.", usage.captures);
+	metric(f, "captures_waiting", "gauge", "Branches that wait for a permit to capture.", usage.waiting);
+	if (usage.limits.memory < FFS_MEMORY_AUTO)
+		metric(f, "image_limit_bytes", "gauge", "Mount option memory=.", usage.limits.memory);
 	metric(f, "generations", "gauge", "Live generations of branch/.", t.generations);
 	metric(f, "nodes", "gauge", "Nodes that the kernel or an open file holds.", t.nodes);
 	metric(f, "open_files", "gauge", "Open files and directories.", t.handles);

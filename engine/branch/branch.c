@@ -69,6 +69,12 @@ struct ffs_branch *ffs_branch_new(
 		ffs_branch_put(b);
 		return NULL;
 	}
+	b->budget = ffs_budget_ref(sb->engine->budget);
+	if (ffs_budget_reserve(b->budget, sb->name, t->geo.memory_size, err) < 0) {
+		ffs_branch_put(b);
+		return NULL;
+	}
+	b->memory_reserved = t->geo.memory_size;
 	if (ffs_image_open(&b->image, t->geo.memory_size, err) < 0) {
 		ffs_branch_put(b);
 		return NULL;
@@ -81,6 +87,14 @@ void ffs_branch_get(struct ffs_branch *b)
 	atomic_fetch_add_explicit(&b->refs, 1, memory_order_relaxed);
 }
 
+static void give_permit(struct ffs_branch *b)
+{
+	if (!b->permits)
+		return;
+	ffs_permits_give(b->permits);
+	ffs_permits_unref(ffs_steal_ptr(&b->permits));
+}
+
 void ffs_branch_put(struct ffs_branch *b)
 {
 	if (atomic_fetch_sub_explicit(&b->refs, 1, memory_order_acq_rel) != 1)
@@ -88,6 +102,10 @@ void ffs_branch_put(struct ffs_branch *b)
 	for (unsigned i = 0; i < FFS_MAX_REGIONS; i++)
 		free((void *)b->need[i]);
 	ffs_image_close(&b->image);
+	if (b->budget)
+		ffs_budget_release(b->budget, b->memory_reserved, b->memory_taken);
+	ffs_budget_unref(b->budget);
+	give_permit(b);
 	ffs_close_fd(&b->vmstate_fd);
 	ffs_disk_images_close(&b->disks);
 	json_object_put(b->vmm);
@@ -142,8 +160,23 @@ void ffs_branch_count_fault(struct ffs_branch *b, uint64_t ns)
 		atomic_store_explicit(&b->fault_max_ns, ns, memory_order_relaxed);
 }
 
+/* Nobody writes the image any more: what it takes is known. One that failed, which nobody may read, gives its
+ * memory back now and not with its last opener. */
+static void settle_memory(struct ffs_branch *b, enum ffs_branch_state state)
+{
+	uint64_t taken = ffs_image_settle(&b->image, state == FFS_BRANCH_FAILED);
+
+	ffs_budget_settle(b->budget, b->memory_reserved, taken);
+	pthread_mutex_lock(&b->lock);
+	b->memory_reserved = 0;
+	b->memory_taken = taken;
+	pthread_mutex_unlock(&b->lock);
+}
+
 void ffs_branch_settle(struct ffs_branch *b, enum ffs_branch_state state)
 {
+	settle_memory(b, state);
+	give_permit(b);
 	pthread_mutex_lock(&b->lock);
 	b->phases.capture_ns = ffs_now_ns() - b->armed_ns;
 	atomic_store(&b->state, state);
@@ -351,5 +384,8 @@ ssize_t ffs_branch_read_memory(struct ffs_branch *b, void *buf, size_t len, uint
 	}
 	if (ffs_branch_failed(b))
 		return -EIO;
-	return ffs_pread_full(b->image.fd, buf, len, off);
+	ssize_t n = ffs_pread_full(b->image.fd, buf, len, off);
+
+	/* the image of one that fails just now is emptied */
+	return ffs_branch_failed(b) ? -EIO : n;
 }

@@ -83,13 +83,20 @@ int ffs_engine_new(struct ffs_engine **out, struct ffs_error *err)
 
 	if (e < 0)
 		return e;
-	e = ffs_watchdog_start(&engine->watchdog, err);
+	engine->budget = ffs_budget_new();
+	engine->permits = ffs_permits_new(0);
+	if (!engine->budget || !engine->permits)
+		e = ffs_error_set(err, ENOMEM, "out of memory");
+	if (e == 0)
+		e = ffs_watchdog_start(&engine->watchdog, err);
 	if (e == 0)
 		e = catch_fatal_signals(err);
 	if (e < 0) {
 		if (engine->watchdog)
 			ffs_watchdog_stop(engine->watchdog);
 		ffs_spawner_stop(engine->spawner);
+		ffs_budget_unref(engine->budget);
+		ffs_permits_unref(engine->permits);
 		return e;
 	}
 	/* code and stacks of the fault path must not wait for a disk; with too low a limit they may, and
@@ -99,6 +106,18 @@ int ffs_engine_new(struct ffs_engine **out, struct ffs_error *err)
 	pthread_mutex_init(&engine->lock, NULL);
 	*out = ffs_steal_ptr(&engine);
 	return 0;
+}
+
+void ffs_engine_limit(struct ffs_engine *engine, const struct ffs_engine_limits *limits)
+{
+	ffs_budget_set_limit(engine->budget, limits->memory);
+	ffs_permits_set_limit(engine->permits, limits->captures);
+}
+
+void ffs_engine_usage(struct ffs_engine *engine, struct ffs_engine_usage *out)
+{
+	ffs_budget_usage(engine->budget, &out->limits.memory, &out->memory_taken, &out->memory_reserved);
+	ffs_permits_count(engine->permits, &out->limits.captures, &out->captures, &out->waiting);
 }
 
 void ffs_engine_unref(struct ffs_engine *engine)
@@ -125,6 +144,8 @@ void ffs_engine_unref(struct ffs_engine *engine)
 	}
 	ffs_watchdog_stop(engine->watchdog);
 	ffs_spawner_stop(engine->spawner);
+	ffs_budget_unref(engine->budget);
+	ffs_permits_unref(engine->permits);
 	pthread_mutex_destroy(&engine->lock);
 	free(engine);
 }

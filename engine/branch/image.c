@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/compat.h"
@@ -57,6 +58,16 @@ int ffs_image_seal(struct ffs_image *img, struct ffs_error *err)
 	if (e)
 		return ffs_error_errno(err, -e, "cannot seal the memory image");
 	return 0;
+}
+
+uint64_t ffs_image_settle(struct ffs_image *img, bool drop)
+{
+	struct stat st;
+
+	/* what cannot be given back counts as it is */
+	if (drop && ftruncate(img->fd, 0) == 0)
+		return 0;
+	return fstat(img->fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : img->size;
 }
 
 void ffs_image_close(struct ffs_image *img)

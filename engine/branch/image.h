@@ -6,6 +6,7 @@
  * populate it. */
 #pragma once
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -21,4 +22,6 @@ int ffs_image_open(struct ffs_image *img, uint64_t size, struct ffs_error *err);
 int ffs_image_write(struct ffs_image *img, const void *buf, size_t len, uint64_t off);
 /* Against writing, growing, shrinking and further seals. */
 int ffs_image_seal(struct ffs_image *img, struct ffs_error *err);
+/* Bytes of memory that it takes; `drop`: give them back, its content is of no use. */
+uint64_t ffs_image_settle(struct ffs_image *img, bool drop);
 void ffs_image_close(struct ffs_image *img);

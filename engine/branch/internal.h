@@ -16,7 +16,9 @@
 #include <stdint.h>
 
 #include "base/cancel.h"
+#include "base/permits.h"
 #include "base/util.h"
+#include "branch/budget.h"
 #include "branch/image.h"
 #include "branch/pages.h"
 #include "disk/disks.h"
@@ -34,7 +36,9 @@
 struct ffs_engine {
 	struct ffs_spawner *spawner;
 	struct ffs_watchdog *watchdog;
-	pthread_mutex_t lock; /* the list */
+	struct ffs_budget *budget;   /* of images */
+	struct ffs_permits *permits; /* to capture */
+	pthread_mutex_t lock;        /* the list */
 	struct ffs_sandbox *sandboxes;
 };
 
@@ -103,6 +107,9 @@ struct ffs_branch {
 	uint64_t instant_wall_ns, armed_ns;
 	struct ffs_geometry geo;
 	struct ffs_image image;
+	struct ffs_budget *budget;              /* a reference */
+	uint64_t memory_reserved, memory_taken; /* of it; change under lock */
+	struct ffs_permits *permits;            /* a reference and a permit, until it settles; NULL: none */
 	int vmstate_fd;
 	uint64_t vmstate_size;
 	const char *vmm_kind;         /* static */
@@ -140,10 +147,11 @@ struct ffs_sandbox {
 	struct ffs_sandbox *next; /* engine's list, a weak one */
 	char *name;
 	bool track;
-	bool force;              /* every branch is taken although memory has other writers */
-	struct ffs_proc_id proc; /* of the VMM, also after detach */
-	struct ffs_disks *disks; /* named at attach, fixed; NULL: none */
-	struct ffs_vmm *vmm;     /* used by whoever is `busy`; NULL once detached (changes under lock) */
+	bool force;                      /* every branch is taken although memory has other writers */
+	struct ffs_proc_id proc;         /* of the VMM, also after detach */
+	struct ffs_permit_owner permits; /* those of its takes that wait for one */
+	struct ffs_disks *disks;         /* named at attach, fixed; NULL: none */
+	struct ffs_vmm *vmm; /* used by whoever is `busy`; NULL once detached (changes under lock) */
 
 	pthread_mutex_t lock; /* below */
 	pthread_cond_t idle;  /* busy became false */
@@ -201,6 +209,7 @@ int ffs_tracker_register(struct ffs_tracker *t, struct ffs_error *err);
 void ffs_tracker_release_idle(struct ffs_tracker *t);
 
 /* ---- branch.c ---- */
+/* Reserves the memory of its image: -ENOSPC. */
 struct ffs_branch *ffs_branch_new(
 	struct ffs_sandbox *sb, struct ffs_tracker *t, const char *name, struct ffs_error *err);
 void ffs_branch_get(struct ffs_branch *b);

@@ -115,6 +115,15 @@ static struct json_object *named_disks(const struct ffs_sandbox *sb)
 	return o;
 }
 
+static void add_waiting(void *list, const char *name, unsigned place)
+{
+	struct json_object *o = json_object_new_object();
+
+	add_str(o, "name", name);
+	add_u64(o, "place", place);
+	json_object_array_add(list, o);
+}
+
 int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out)
 {
 	struct json_object *o = json_object_new_object();
@@ -151,6 +160,10 @@ int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out)
 	add_u64(o, "in_flight", in_flight);
 	add_u64(o, "faults", faults);
 	add_u64(o, "fault_max_ns", fault_max);
+	struct json_object *queue = json_object_new_array();
+
+	ffs_permits_queue(sb->engine->permits, &sb->permits, add_waiting, queue);
+	json_object_object_add(o, "queue", queue);
 	add_u64(o, "branches_taken", sb->branches_taken);
 	struct json_object *last = NULL;
 
@@ -219,11 +232,14 @@ static void add_disks(struct json_object *o, const struct ffs_branch *b)
 	}
 }
 
-static struct ffs_phases phases_now(struct ffs_branch *b, enum ffs_branch_state *state)
+/* *memory, which may be NULL: what its image counts for. */
+static struct ffs_phases phases_now(struct ffs_branch *b, enum ffs_branch_state *state, uint64_t *memory)
 {
 	pthread_mutex_lock(&b->lock);
 	struct ffs_phases p = b->phases;
 
+	if (memory)
+		*memory = b->memory_reserved + b->memory_taken;
 	*state = ffs_branch_state(b);
 	pthread_mutex_unlock(&b->lock);
 	return p;
@@ -237,7 +253,8 @@ int ffs_branch_status(struct ffs_branch *b, struct json_object **out)
 
 	if (!o)
 		return -ENOMEM;
-	struct ffs_phases ph = phases_now(b, &state);
+	uint64_t memory;
+	struct ffs_phases ph = phases_now(b, &state, &memory);
 
 	ffs_branch_failure(b, &why);
 	add_branch_head(o, b);
@@ -246,6 +263,7 @@ int ffs_branch_status(struct ffs_branch *b, struct json_object **out)
 	add_str(o, "store", "memory"); /* gone with the daemon */
 	add_u64(o, "memory_bytes", b->geo.memory_size);
 	add_u64(o, "captured_bytes", b->geo.memory_size - atomic_load(&b->remaining));
+	add_u64(o, "image_bytes", memory);
 	add_u64(o, "vmstate_bytes", b->vmstate_size);
 	add_disks(o, b);
 	ffs_report_phases(o, &ph);
@@ -260,7 +278,7 @@ int ffs_branch_status(struct ffs_branch *b, struct json_object **out)
 int ffs_branch_manifest(struct ffs_branch *b, struct json_object **out)
 {
 	enum ffs_branch_state state;
-	struct ffs_phases ph = phases_now(b, &state);
+	struct ffs_phases ph = phases_now(b, &state, NULL);
 
 	if (state != FFS_BRANCH_READY)
 		return state == FFS_BRANCH_WRITING ? -EAGAIN : -EIO;

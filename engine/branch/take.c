@@ -39,6 +39,7 @@ struct take {
 	uint32_t removes; /* seen when the sweep began */
 	bool was_running, armed;
 	bool with_disks;
+	bool permit; /* to be given back; else it is the branch's */
 };
 
 static int stop_asked(const struct take *k, struct ffs_error *err)
@@ -352,6 +353,26 @@ static int run_protocol(struct take *k, struct ffs_error *err)
 	return e;
 }
 
+/* Before anything is done to the VM, and with nothing of it held. */
+static int take_permit(struct take *k, const char *name, struct ffs_error *err)
+{
+	struct ffs_permits *p = k->sb->engine->permits;
+	unsigned limit;
+	int r = ffs_permits_take(p, &k->sb->permits, name, k->cancel, k->deadline_ns);
+
+	k->permit = r == 0;
+	ffs_permits_count(p, &limit, NULL, NULL);
+	if (r == -EINTR)
+		ffs_error_set(err, EINTR, "interrupted while waiting for a permit to capture");
+	else if (r < 0)
+		ffs_error_set(err, EAGAIN,
+			"%u captures are under way, which is the most at once (mount option captures=), and "
+			"the turn of %s has "
+			"not come: try again",
+			limit, k->sb->name);
+	return r;
+}
+
 int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt, struct ffs_cancel *cancel,
 	struct ffs_branch **out, struct ffs_error *err)
 {
@@ -362,10 +383,15 @@ int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt
 	if (!err)
 		err = &own;
 	k.deadline_ns = ffs_now_ns() + (opt->timeout_ns ? opt->timeout_ns : 30 * FFS_NS_PER_S);
-	int e = ffs_sandbox_begin(sb, cancel, k.deadline_ns, err);
+	int e = take_permit(&k, opt->name, err);
 
 	if (e < 0)
 		return e;
+	e = ffs_sandbox_begin(sb, cancel, k.deadline_ns, err);
+	if (e < 0) {
+		ffs_permits_give(sb->engine->permits);
+		return e;
+	}
 	e = ffs_sandbox_ready_tracker(sb, &k.t, err);
 	if (e < 0)
 		goto out;
@@ -379,6 +405,8 @@ int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt
 		goto out;
 	}
 	k.b->slot = slot;
+	k.b->permits = ffs_permits_ref(sb->engine->permits);
+	k.permit = false;
 	e = ffs_sandbox_scan(sb, opt->force, &k.b->phases.scan_ns, &k.b->torn, err);
 	k.with_disks = sb->disks && !opt->without_disks;
 	if (e == 0 && k.with_disks)
@@ -395,6 +423,8 @@ int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt
 		*out = k.b;
 	}
 out:
+	if (k.permit)
+		ffs_permits_give(sb->engine->permits);
 	ffs_sandbox_end(sb);
 	ffs_tracker_unref(k.t);
 	return e;

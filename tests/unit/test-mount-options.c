@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/util.h"
+#include "forkfs-engine.h"
 #include "../../fs/fs.h"
 
 static struct ffs_mount_options parsed(const char *list)
@@ -29,6 +30,8 @@ static void test_defaults(void **state)
 	assert_false(opt.branch_off);
 	assert_int_equal(opt.lease_ns, 30 * FFS_NS_PER_S);
 	assert_int_equal(opt.branch_rate, 10);
+	assert_true(opt.memory == FFS_MEMORY_AUTO);
+	assert_true(opt.captures >= 8);
 	assert_int_equal(opt.passthrough, FFS_PASSTHROUGH_AUTO);
 	assert_int_equal(opt.max_read, 1 << 20);
 	assert_int_equal(opt.log, FFS_LOG_INFO);
@@ -47,6 +50,15 @@ static void test_values(void **state)
 	assert_int_equal(opt.max_read, 65536);
 	assert_int_equal(opt.log, FFS_LOG_DEBUG);
 	assert_false(parsed("branch=off,branch=on").branch_off);
+	assert_true(parsed("memory=unlimited").memory == FFS_MEMORY_UNLIMITED);
+	assert_true(parsed("memory=1G,memory=auto").memory == FFS_MEMORY_AUTO);
+	assert_int_equal(parsed("memory=0").memory, 0);
+	assert_int_equal(parsed("memory=1000").memory, 1000);
+	assert_int_equal(parsed("memory=3K").memory, 3 << 10);
+	assert_int_equal(parsed("memory=512M").memory, 512 << 20);
+	assert_true(parsed("memory=8T").memory == 8ull << 40);
+	assert_int_equal(parsed("captures=0").captures, 0);
+	assert_int_equal(parsed("captures=3").captures, 3);
 }
 
 static void test_of_mount(void **state)
@@ -59,8 +71,10 @@ static void test_refused(void **state)
 {
 	static const char *const lists[] = {"nonsense", "lease", "lease=", "lease=-1", "lease=x",
 		"lease=99999999999999999999", "lease=5s", "branch", "branch=maybe", "branch-rate=1e3",
-		"passthrough=on", "max_read=1", "max_read=5000", "max_read=2097152", "log=loud",
-		"allow_other=1", "rw,nonsense=3", "allow_others"};
+		"passthrough=on", "max_read=1", "max_read=5000", "max_read=2097152", "log=loud", "memory",
+		"memory=", "memory=1X", "memory=1MB", "memory=-1", "memory=M", "memory=17179869184G",
+		"memory=18446744073709551615", "captures=x", "captures=", "allow_other=1", "rw,nonsense=3",
+		"allow_others"};
 
 	for (size_t i = 0; i < FFS_ARRAY_LEN(lists); i++) {
 		struct ffs_mount_options opt;

@@ -55,7 +55,7 @@ def run_variant(record, options, mib, variant):
     with machine.bench_case(record, "pause", name) as case, machine.busy_loops(loops):
         guest = case.guest(mib=mib, run=[program.format(guest_room(mib))], disk=disk)
         machine.at_work(guest)
-        mount = case.mount(options="lease=1,branch-rate=0")
+        mount = case.mount(options="lease=1,branch-rate=0,memory=unlimited")
         sandbox = mount.attach(guest)
         record.add("pause", name, "guest", 0, resident_share=guest.memfd_blocks() * 512 / (mib * MIB))
         every = max(1, options.branches // options.peers)
