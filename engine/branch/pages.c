@@ -225,18 +225,17 @@ int ffs_pages_sweep(struct ffs_pages_region *r, int uffd, uint64_t slice, uint64
 		ffs_slice_lock(r, slice);
 	unsigned n = find_runs(r, first, end, runs, &pages);
 
-	/* bits first, no exclusion with the handler; the point widens the window where a fault can fall into
-	 * it */
-	bool faults = pages < (end - first) * (r->cluster_bytes / r->page_size);
+	/* no exclusion with the handler; the point widens the window between the two where a fault can fall into
+	 * it, in slices that the guest is writing just now */
+	bool faults = racing && pages < (end - first) * (r->cluster_bytes / r->page_size);
 
-	if (racing && (!faults || FFS_FAULT("sweep-window") == 0))
-		for (uint64_t c = first; c < end; c++)
-			r->writable[c] = 0;
 	for (unsigned i = 0; i < n && e == 0; i++)
 		e = ffs_uffd_protect(uffd, r->hva + first * r->cluster_bytes + runs[i].start * r->page_size,
 			runs[i].len * r->page_size);
+	if (e == 0 && faults)
+		e = FFS_FAULT("sweep-window");
 	if (e == 0) {
-		for (uint64_t c = first; !racing && c < end; c++)
+		for (uint64_t c = first; c < end; c++)
 			r->writable[c] = 0;
 		atomic_store(&r->dirty[slice], 0);
 		*swept += pages;

@@ -33,8 +33,8 @@ def test_true_order(case):
 
 
 def test_arm_before_pause(case):
-    """Protecting before the VM is quiescent."""
-    check_caught(case, "arm-before-pause")
+    """Protecting before the VM is quiescent; a little earlier still, for the guest of a busy host to write something in between."""
+    check_caught(case, "arm-before-pause", "qmp-stop delay:5")
 
 
 def test_arm_after_resume(case):
@@ -53,5 +53,5 @@ def test_late_page(case):
 
 
 def test_sweep_race(case):
-    """The pre-arm sweep races the fault handler for a page."""
-    check_caught(case, "sweep-race", "sweep-window delay:4")
+    """The pre-arm sweep races the fault handler for a page; it is slow enough for the guest to write beside it on a busy host."""
+    check_caught(case, "sweep-race", "protect delay:1", "sweep-window delay:2")
