@@ -23,49 +23,9 @@
 #include "base/cleanup.h"
 #include "base/fault.h"
 #include "base/util.h"
+#include "vmm/dial.h"
 
 /* ---- dialling -------------------------------------------------------------------------------- */
-
-static int connect_addr(const struct sockaddr_un *addr, socklen_t len, uint64_t deadline_ns, int *sock)
-{
-	_cleanup_close_ int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-
-	if (fd < 0)
-		return -errno;
-	while (connect(fd, (const struct sockaddr *)addr, len) < 0) {
-		/* EAGAIN: the listener's queue is full, and nothing tells when it no longer is */
-		if (errno != EAGAIN && errno != EINTR)
-			return -errno;
-		if (ffs_now_ns() >= deadline_ns)
-			return -EAGAIN;
-		if (poll(NULL, 0, 10) < 0 && errno != EINTR)
-			return -errno;
-	}
-	*sock = ffs_steal_fd(&fd);
-	return 0;
-}
-
-/* Through the directory's descriptor: a socket's name may be longer than sun_path. */
-static int connect_path(const char *path, uint64_t deadline_ns, int *sock)
-{
-	struct sockaddr_un addr = {.sun_family = AF_UNIX};
-	char dir[PATH_MAX];
-	const char *base = strrchr(path, '/');
-
-	if (strlen(path) < sizeof(addr.sun_path)) {
-		snprintf(addr.sun_path, sizeof(addr.sun_path), "%s", path);
-		return connect_addr(&addr, sizeof(addr), deadline_ns, sock);
-	}
-	if (!base || strlen(base) > 60 || (size_t)(base - path) >= sizeof(dir))
-		return -ENAMETOOLONG;
-	snprintf(dir, sizeof(dir), "%.*s", (int)(base - path) + 1, path);
-	_cleanup_close_ int fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
-
-	if (fd < 0)
-		return -errno;
-	snprintf(addr.sun_path, sizeof(addr.sun_path), "/proc/self/fd/%d/%.64s", fd, base + 1);
-	return connect_addr(&addr, sizeof(addr), deadline_ns, sock);
-}
 
 int ffs_qemu_dial(const struct ffs_qemu_monitor *m, pid_t pid, uint64_t deadline_ns, int *sock)
 {
@@ -78,18 +38,18 @@ int ffs_qemu_dial(const struct ffs_qemu_monitor *m, pid_t pid, uint64_t deadline
 			return -ENAMETOOLONG;
 		memcpy(addr.sun_path + 1, m->path, n);
 		n = m->padded ? sizeof(addr.sun_path) : n + 1;
-		return connect_addr(
+		return ffs_dial_addr(
 			&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n), deadline_ns, sock);
 	}
 	if (!pid)
-		return connect_path(m->path, deadline_ns, sock);
+		return ffs_dial_path(m->path, deadline_ns, sock);
 	/* as the VMM sees it: its working directory, its mount namespace */
 	snprintf(path, sizeof(path), "/proc/%d/%s%s%s", (int)pid, m->path[0] == '/' ? "root" : "cwd",
 		m->path[0] == '/' ? "" : "/", m->path);
-	int r = connect_path(path, deadline_ns, sock);
+	int r = ffs_dial_path(path, deadline_ns, sock);
 
 	if (r && r != -EAGAIN && m->path[0] == '/')
-		r = connect_path(m->path, deadline_ns, sock);
+		r = ffs_dial_path(m->path, deadline_ns, sock);
 	return r;
 }
 
