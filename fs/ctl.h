@@ -14,8 +14,8 @@ enum ffs_request_kind { FFS_REQ_ATTACH, FFS_REQ_DETACH, FFS_REQ_SHUTDOWN, FFS_RE
 /* What was asked for, checked. Strings are owned. */
 struct ffs_request {
 	enum ffs_request_kind kind;
-	char name[80]; /* of the sandbox, or of the branch */
-	char *qemu;
+	char name[80];     /* of the sandbox, or of the branch */
+	char *qemu, *coop; /* control sockets; at most one is given */
 	pid_t pid;
 	bool track, wait, without_disks;
 	struct ffs_disk_name *disks; /* n_disks, their strings owned */

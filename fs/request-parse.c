@@ -135,18 +135,53 @@ static int parse_disks(struct json_object *o, struct ffs_request *req, struct ff
 	return 0;
 }
 
+/* The control socket of the VM, by one of the keys that name its kind. */
+static int parse_socket(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
+{
+	struct {
+		const char *key;
+		char **out;
+	} kinds[] = {{"qemu", &req->qemu}, {"coop", &req->coop}};
+	unsigned given = 0;
+
+	for (unsigned i = 0; i < FFS_ARRAY_LEN(kinds); i++) {
+		const char *key = kinds[i].key, *path;
+		int r = get_string(
+			o, "attach", key, sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1, &path, err);
+
+		if (r < 0)
+			return r;
+		if (!path)
+			continue;
+		if (path[0] != '/')
+			return ffs_error_set(err, EINVAL,
+				"attach: the daemon has another working directory: '%s' is an absolute path, "
+				"not "
+				"'%s'",
+				key, path);
+		if (given++)
+			return ffs_error_set(err, EINVAL, "attach: a VM has one control socket, not two");
+		*kinds[i].out = strdup(path);
+		if (!*kinds[i].out)
+			return ffs_error_set(err, ENOMEM, "no memory");
+	}
+	if (!given && !req->pid)
+		return ffs_error_set(err, EINVAL,
+			"attach: name the VM by 'qemu' (the path of its QMP socket), by 'coop' (of its API "
+			"socket) "
+			"or by 'pid'");
+	return 0;
+}
+
 static int parse_attach(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
-	static const char *const keys[] = {"name", "qemu", "pid", "track", "owner", "disks", NULL};
-	const char *qemu, *owner;
+	static const char *const keys[] = {"name", "qemu", "coop", "pid", "track", "owner", "disks", NULL};
+	const char *owner;
 	struct json_object *pid;
 	int r = known_keys(o, "attach", keys, err);
 
 	if (!r)
 		r = get_name(o, "attach", "sandbox", req->name, err);
-	if (!r)
-		r = get_string(
-			o, "attach", "qemu", sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1, &qemu, err);
 	if (!r)
 		r = get_string(o, "attach", "owner", 64, &owner, err);
 	if (!r)
@@ -160,22 +195,14 @@ static int parse_attach(struct json_object *o, struct ffs_request *req, struct f
 			return ffs_error_set(err, EINVAL, "attach: 'pid' is the number of a process");
 		req->pid = (pid_t)v;
 	}
-	if (!qemu && !req->pid)
-		return ffs_error_set(err, EINVAL,
-			"attach: name the VM by 'qemu' (the path of its QMP socket) or by 'pid'");
-	if (qemu && qemu[0] != '/')
-		return ffs_error_set(err, EINVAL,
-			"attach: the daemon has another working directory: 'qemu' is an absolute path, not "
-			"'%s'",
-			qemu);
+	r = parse_socket(o, req, err);
+	if (r < 0)
+		return r;
 	if (owner) {
 		r = parse_owner(owner, req, err);
 		if (r < 0)
 			return r;
 	}
-	req->qemu = qemu ? strdup(qemu) : NULL;
-	if (qemu && !req->qemu)
-		return ffs_error_set(err, ENOMEM, "no memory");
 	return parse_disks(o, req, err);
 }
 

@@ -74,6 +74,7 @@ static int admit_detach(struct ffs_fs *fs, struct ffs_request *req, struct ffs_e
 static void free_strings(struct ffs_request *req)
 {
 	free(req->qemu);
+	free(req->coop);
 	for (unsigned i = 0; i < req->n_disks; i++) {
 		free((char *)req->disks[i].id);
 		free((char *)req->disks[i].path);
@@ -161,6 +162,7 @@ static void run_attach(struct ffs_txn *t, struct ffs_request *req)
 	struct ffs_attach_options opt = {.name = req->name,
 		.pid = req->pid,
 		.qemu_socket = req->qemu,
+		.coop_socket = req->coop,
 		.track = req->track,
 		.disks = req->disks,
 		.n_disks = req->n_disks,

@@ -48,7 +48,7 @@ static int from_json(struct json_object *o, char **text)
 
 static int make_capabilities(struct ffs_fs *fs, char **text)
 {
-	static const char *const drivers[] = {"qemu", NULL}, *const modes[] = {"live", NULL},
+	static const char *const drivers[] = {"qemu", "coop", NULL}, *const modes[] = {"live", NULL},
 				 *const stores[] = {"memory", NULL};
 	struct json_object *o = json_object_new_object();
 	bool pass = atomic_load(&fs->pass.on);

@@ -65,6 +65,16 @@ static int add_disks(const struct ffs_words *disks, struct json_object *body, st
 	return 0;
 }
 
+static int add_socket(struct json_object *body, const char *key, const char *path, struct ffs_error *err)
+{
+	_cleanup_free_ char *full = NULL;
+	int r = absolute_path(path, &full, err);
+
+	if (!r)
+		json_object_object_add(body, key, json_object_new_string(full));
+	return r;
+}
+
 static int build_attach(
 	const struct attach_args *a, const char *name, struct json_object **out, struct ffs_error *err)
 {
@@ -78,13 +88,10 @@ static int build_attach(
 		if (!r)
 			json_object_object_add(body, "pid", json_object_new_int(pid));
 	}
-	if (!r && a->qemu) {
-		_cleanup_free_ char *full = NULL;
-
-		r = absolute_path(a->qemu, &full, err);
-		if (!r)
-			json_object_object_add(body, "qemu", json_object_new_string(full));
-	}
+	if (!r && a->qemu)
+		r = add_socket(body, "qemu", a->qemu, err);
+	if (!r && a->coop)
+		r = add_socket(body, "coop", a->coop, err);
 	if (!r && a->track)
 		json_object_object_add(body, "track", json_object_new_boolean(true));
 	if (!r && a->owner) {
@@ -163,12 +170,14 @@ int ffs_cmd_attach(const struct ffs_command *self, int argc, char **argv)
 			self, "%s", n ? "one NAME at a time" : "a NAME for the sandbox is missing");
 	if (ffs_target_parse(argv[0], FFS_TARGET_SANDBOX, &target, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
-	if (a.firecracker || a.coop)
-		return ffs_usage_error(
-			self, "this version has the driver qemu only: say --qemu QMP_SOCKET or --pid PID");
-	if (!a.pid == !a.qemu)
-		return ffs_usage_error(
-			self, "say %s --pid PID or --qemu QMP_SOCKET", a.pid ? "only one of" : "which VM:");
+	if (a.firecracker)
+		return ffs_usage_error(self, "this version has the drivers qemu and coop only: say --qemu "
+					     "QMP_SOCKET, --coop SOCKET or --pid PID");
+	unsigned named = !!a.pid + !!a.qemu + !!a.coop;
+
+	if (named != 1)
+		return ffs_usage_error(self, "say %s --pid PID, --qemu QMP_SOCKET or --coop SOCKET",
+			named ? "only one of" : "which VM:");
 	if (build_attach(&a, target.sandbox, &request, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
 

@@ -25,7 +25,8 @@ const struct ffs_command ffs_commands[] = {
 		ffs_cmd_mount},
 	{"umount", "DIR", "detach every sandbox of a mount and end its daemon", ffs_cmd_umount},
 	{"attach",
-		"NAME (--pid PID | --qemu QMP_SOCKET) [--disk ID=PATH]... [--track] [--owner UID:GID[:rw]] "
+		"NAME (--pid PID | --qemu QMP_SOCKET | --coop SOCKET) [--disk ID=PATH]... [--track] [--owner "
+		"UID:GID[:rw]] "
 		"[--json]",
 		"make a running VM the sandbox NAME; the VM is not stopped", ffs_cmd_attach},
 	{"detach", "NAME", "let go of a VM; it runs on", ffs_cmd_detach},

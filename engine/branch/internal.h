@@ -197,6 +197,12 @@ void ffs_slot_clear(struct ffs_slot *s);
  * page of the cluster is now needed by nobody. */
 bool ffs_tracker_capture_locked(struct ffs_tracker *t, unsigned region, uint64_t cluster, void *buf);
 
+/* ---- obtain.c ---- */
+/* A userfaultfd of the VMM's address space with the features that branches need: injected, or what the VMM
+ * handed over. */
+int ffs_tracker_obtain(struct ffs_engine *engine, struct ffs_vmm *vmm, const struct ffs_geometry *geo,
+	int *uffd, struct ffs_error *err);
+
 /* ---- copier.c ---- */
 void *ffs_copier_main(void *tracker);
 /* Copiers stand still while on; off starts them on whatever is in flight. */

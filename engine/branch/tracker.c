@@ -466,13 +466,10 @@ int ffs_tracker_new(struct ffs_engine *engine, struct ffs_vmm *vmm, const struct
 		e = ffs_error_errno(err, errno, "cannot watch process %d", (int)vmm->proc.pid);
 		goto fail;
 	}
-	e = ffs_inject_userfaultfd(engine->spawner, vmm->proc, 5 * FFS_NS_PER_S, &t->uffd, err);
+	e = ffs_tracker_obtain(engine, vmm, geo, &t->uffd, err);
 	if (e < 0)
 		goto fail;
 	ffs_engine_fatal_add(t->uffd);
-	e = ffs_uffd_api(t->uffd, err);
-	if (e < 0)
-		goto fail;
 	e = ffs_watchdog_add(engine->watchdog, t->uffd, vmm->ops->socket(vmm), vmm->ops, geo, &t->wd, err);
 	if (e < 0)
 		goto fail;

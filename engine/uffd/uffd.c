@@ -6,20 +6,24 @@
  * time. */
 #include "uffd/uffd.h"
 
+#include <stdio.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/utsname.h>
 
+#include "base/cleanup.h"
 #include "base/compat.h"
 #include "base/fault.h"
 #include "base/util.h"
 
 #define SLICE (64ull << 20)
 
+static const uint64_t need = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM |
+			     UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_EVENT_REMOVE |
+			     UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP;
+
 int ffs_uffd_api(int uffd, struct ffs_error *err)
 {
-	const uint64_t need = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM |
-			      UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_EVENT_REMOVE |
-			      UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP;
 	struct uffdio_api api = {.api = UFFD_API, .features = need};
 	int r = FFS_FAULT("uffd-api");
 
@@ -39,6 +43,34 @@ int ffs_uffd_api(int uffd, struct ffs_error *err)
 			u.sysname, u.release);
 	}
 	return r ? ffs_error_errno(err, -r, "cannot set up the userfaultfd") : 0;
+}
+
+int ffs_uffd_api_given(int uffd, struct ffs_error *err)
+{
+	struct uffdio_api api = {.api = UFFD_API, .features = need};
+	char path[64];
+	_cleanup_free_ char *text = NULL;
+	unsigned long long features;
+	const char *line;
+
+	if (ioctl(uffd, UFFDIO_API, &api) == 0 && (api.features & need) == need)
+		return 0;
+	/* fs/userfaultfd.c, userfaultfd_show_fdinfo(): version, features in force, features known */
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", uffd);
+	if (ffs_read_file(path, 65536, &text, NULL) < 0 || !(line = strstr(text, "API:")) ||
+		sscanf(line, "API: %*x:%llx:", &features) != 1)
+		return ffs_error_set(err, ENOTSUP,
+			"the VMM's userfaultfd cannot be used, and the kernel does not say which features it "
+			"has");
+	if ((features & need) == need)
+		return 0;
+	return ffs_error_set(err, ENOTSUP,
+		"the VMM's userfaultfd was set up with the features %#llx and lacks %#llx (write protection "
+		"of "
+		"never-touched and shared memory, events of discarded memory): it has to ask UFFDIO_API for "
+		"them, "
+		"or to leave UFFDIO_API to forkfs",
+		features, (unsigned long long)(need & ~features));
 }
 
 /* Of a process that is gone, REGISTER and UNREGISTER say ENOMEM, which has other meanings, and WRITEPROTECT

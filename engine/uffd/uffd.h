@@ -14,6 +14,9 @@
  * pages and the REMOVE/UNMAP/REMAP events must be there (Linux 6.4), or ENOTSUP with the kernel's name in the
  * sentence. */
 int ffs_uffd_api(int uffd, struct ffs_error *err);
+/* The same for a descriptor that somebody else may have negotiated already: then its features are looked at,
+ * in /proc/self/fdinfo, and ENOTSUP names what is missing. */
+int ffs_uffd_api_given(int uffd, struct ffs_error *err);
 
 /* Register [hva, hva+len) for write-protect faults. */
 int ffs_uffd_register(int uffd, uint64_t hva, uint64_t len, struct ffs_error *err);

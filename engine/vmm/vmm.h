@@ -1,4 +1,4 @@
-/* What the engine asks of a VMM: one table of operations per driver (qemu, later firecracker and coop).
+/* What the engine asks of a VMM: one table of operations per driver (qemu, coop).
  *
  * One struct ffs_vmm is one connection to one VMM process, owned by its sandbox. All operations but
  * `run_state` and `rescue` are called by one thread at a time (the sandbox's protocol lock); a driver may run
@@ -62,6 +62,9 @@ struct ffs_vmm_ops {
 	/* Read the geometry from the VMM and from /proc/PID/maps and check one against the other. Running
 	 * guest. */
 	int (*geometry)(struct ffs_vmm *vmm, struct ffs_geometry *out, struct ffs_error *err);
+	/* The userfaultfd of its address space that the VMM handed over with the geometry: the caller's, with
+	 * or without UFFDIO_API done. NULL: such a VMM does not, one is injected. */
+	int (*uffd)(struct ffs_vmm *vmm, int *uffd, struct ffs_error *err);
 	/* Before each branch, guest running or paused by others: everything that would make the branch
 	 * impossible (migration blockers, device state that vmstate does not carry), refused here; stages
 	 * what the save needs (vmstate_fd: an empty memfd opened read-write, owned by the caller, that save
@@ -113,4 +116,4 @@ struct ffs_vmm {
 	bool resumed_by_others;
 };
 
-extern const struct ffs_vmm_ops ffs_qemu_ops;
+extern const struct ffs_vmm_ops ffs_qemu_ops, ffs_coop_ops;

@@ -4,8 +4,10 @@
  * Options, as --NAME=VALUE: control (path of the socket), memory (MiB), vcpus, kind (memfd, anonymous, thp,
  * hugetlb), work (MiB the guest writes; default: seven eighths of the memory), fill (1: the rest of them is
  * resident too), spin (idle loops after each step), paused (1: does not start by itself), restore (a
- * memory.bin, mapped privately) with vmstate (a file). The serial port is stdout: lines "ok VCPU STEPS", and
- * "MISMATCH VCPU ADDRESS" when memory is not what the registers say. Without KVM: "SKIP: why", exit code 77.
+ * memory.bin, mapped privately) with vmstate (a file), api (path of another control socket: examples/coop)
+ * with regions (as how many pieces it announces its memory). The serial port is stdout: lines "ok VCPU
+ * STEPS", and "MISMATCH VCPU ADDRESS" when memory is not what the registers say. Without KVM: "SKIP: why",
+ * exit code 77.
  *
  * Control: SOCK_SEQPACKET, one command a message: pause, resume, status, save (the vmstate goes into the
  * descriptor that comes with it by SCM_RIGHTS), quit. The answer is one JSON object, the whole status;
@@ -34,6 +36,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include "coop.h"
 #include "machine.h"
 
 #define MIB (1ull << 20)
@@ -412,6 +415,49 @@ static _Noreturn void serve_all(const char *path)
 	}
 }
 
+/* ---- the API of examples/coop ---- */
+
+static bool is_paused(void)
+{
+	pthread_mutex_lock(&lock);
+	bool is = paused;
+
+	pthread_mutex_unlock(&lock);
+	return is;
+}
+
+static bool save_into(int fd)
+{
+	return !*save(fd);
+}
+
+static struct coop_vmm api = {.is_paused = is_paused, .set_paused = set_paused, .save = save_into};
+
+static void *api_main(void *unused)
+{
+	pthread_setname_np(pthread_self(), "api");
+	coop_serve(&api);
+	err(1, "%s", api.socket);
+}
+
+static void start_api(const char *path, unsigned n)
+{
+	static struct coop_region regions[64];
+	pthread_t thread;
+
+	for (unsigned i = 0; i < n; i++) {
+		uint64_t from = state.memory / page_size * i / n * page_size,
+			 to = state.memory / page_size * (i + 1) / n * page_size;
+
+		regions[i] = (struct coop_region){memory + from, to - from, from, page_size};
+	}
+	api.socket = path;
+	api.regions = regions;
+	api.n_regions = n;
+	if ((errno = pthread_create(&thread, NULL, api_main, NULL)))
+		err(1, "API thread");
+}
+
 static const char *option(char **argv, const char *name, const char *otherwise)
 {
 	for (size_t n = strlen(name); *argv; argv++)
@@ -446,5 +492,9 @@ int main(int argc, char **argv)
 	start_vcpus();
 	if (!number(argv, "--paused", "0"))
 		set_paused(false);
+	const char *path = option(argv, "--api", NULL);
+
+	if (path)
+		start_api(path, (unsigned)number(argv, "--regions", "1"));
 	serve_all(control);
 }

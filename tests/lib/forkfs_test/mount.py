@@ -61,7 +61,8 @@ class Mount:
     def attach(self, guest, name=None, *options):
         """Attach to a guest's VM; the sandbox's directory."""
         name = name or guest.name
-        self.run("attach", name, "--qemu", guest.qmp_path, *options)
+        socket = getattr(guest, "attach_options", None) or ["--qemu", guest.qmp_path]
+        self.run("attach", name, *socket, *options)
         return self.path / name
 
     def error_of(self, path):

@@ -67,6 +67,8 @@ class Making(threading.Thread):
 class Rig:
     """`guest` is attached as `sandbox` on `mount`."""
 
+    instant = INSTANT
+
     def __init__(self, case, mount=None, options="", **guest):
         self.case = case
         self.guest = case.guest(**guest).booted()
@@ -105,7 +107,7 @@ class Rig:
         marks = [self.hold, pathlib.Path(f"{self.hold}.held")]
         for mark in marks:
             remove(mark)
-        self.mount.faults(f"{INSTANT} hold:{self.hold}", *rules)
+        self.mount.faults(f"{self.instant} hold:{self.hold}", *rules)
         path = self.sandbox / "branches" / name
         reader = None
         if kind == "mem":
@@ -114,7 +116,7 @@ class Rig:
         while not marks[1].exists() and making.is_alive():
             time.sleep(0.0005)
         if not marks[1].exists():
-            assert making.error, f"mkdir {path} has passed without the point {INSTANT}"
+            assert making.error, f"mkdir {path} has passed without the point {self.instant}"
         elif reader:
             assert reader.wait(timeout=30) == 0, "foreign-read failed"
         else:

@@ -1,0 +1,139 @@
+"""The project's own microVM on KVM (tests/microvm) in an integration test, with the API of examples/coop."""
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import time
+
+from . import processes
+from .case import Skip
+
+
+class Api(http.client.HTTPConnection):
+    """A VMM's control API: HTTP over a unix socket."""
+
+    def __init__(self, path, timeout=10):
+        super().__init__("localhost", timeout=timeout)
+        self.path = str(path)
+
+    def connect(self):
+        """To the socket."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+    def call(self, method, path, body=None, good=(200, 204)):
+        """One request; its answer as JSON, None where it has none."""
+        self.request(method, path, json.dumps(body) if body is not None else None)
+        answer = self.getresponse()
+        text = answer.read()
+        assert answer.status in good, f"{method} {path}: {answer.status} {text[:300]!r}"
+        return json.loads(text) if text else None
+
+    def state(self):
+        """Running, Paused or Not started."""
+        return self.call("GET", "/")["state"]
+
+
+class MicroVm:
+    """A microVM that runs; options are those of the program (kind, vcpus, work, regions, restore, vmstate …)."""
+
+    def __init__(self, case, name, mib=64, **options):
+        self.case, self.name, self.mib = case, name, mib
+        self.dir = case.dir / f"vm-{name}"
+        self.dir.mkdir()
+        self.api_path = self.dir / "api"
+        self.attach_options = ["--coop", self.api_path]
+        options = {"kind": "anonymous", "vcpus": 2, **options}
+        command = [case.tool("../microvm/microvm"), f"--control={self.dir}/control", f"--api={self.api_path}",
+                   f"--memory={mib}"] + [f"--{k}={v}" for k, v in options.items()]
+        with open(self.dir / "console", "wb") as serial, open(self.dir / "stderr", "wb") as errors:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=serial, stderr=errors)
+        self.pid = self.process.pid
+        case.on_end(self.stop)
+        self.sock = self._connect()
+        self.api = Api(self.api_path)
+
+    def _connect(self, timeout=20):
+        deadline = time.monotonic() + timeout
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            sock.settimeout(timeout)
+            try:
+                sock.connect(str(self.dir / "control"))
+                if self.api_path.exists():
+                    return sock
+            except OSError:
+                pass
+            sock.close()
+            said = (self.dir / "stderr").read_text().strip()
+            if self.process.poll() == 77:
+                raise Skip(said)
+            assert self.process.poll() is None and time.monotonic() < deadline, f"the microVM did not start: {said}"
+            time.sleep(0.002)
+
+    def status(self, command="status"):
+        """What it says of itself, after a command."""
+        self.sock.send(command.encode())
+        answer = json.loads(self.sock.recv(4096))
+        assert not answer["error"], answer
+        return answer
+
+    def hva(self):
+        """Where its memory is in its address space."""
+        return self.status()["hva"]
+
+    def booted(self):
+        """Wait until the guest works; self."""
+        self.check_runs(20)
+        return self
+
+    def check_sane(self):
+        """Fail if the guest has found wrong memory."""
+        assert self.status()["mismatches"] == 0, (self.dir / "console").read_text()[-300:]
+
+    def check_runs(self, within=1.0):
+        """Fail unless the guest gets on within so many seconds, and is content."""
+        deadline = time.monotonic() + within
+        first = self.status()["steps"]
+        while self.status()["steps"] == first:
+            assert time.monotonic() < deadline, f"{self.name} stands still: {self.status()}"
+            time.sleep(0.002)
+        self.check_sane()
+
+    def visit_all(self, times=2):
+        """Wait until the guest has visited and judged all its pages so many times."""
+        goal, deadline = self.status()["steps"] + times * self.mib * 256, time.monotonic() + 60
+        while self.status()["steps"] < goal:
+            assert time.monotonic() < deadline, f"{self.name} is too slow: {self.status()}"
+            time.sleep(0.005)
+        self.check_sane()
+
+    def protected(self):
+        """Mappings of the VMM that are registered for write protection."""
+        with open(f"/proc/{self.pid}/smaps") as f:
+            return sum(1 for line in f if line.startswith("VmFlags:") and " uw" in line)
+
+    def wait_free(self, within=1.0):
+        """Fail unless nothing is registered within so many seconds, and no userfaultfd is left open in the VMM."""
+        deadline = time.monotonic() + within
+        while self.protected():
+            assert time.monotonic() < deadline, f"{self.name} is still protected after {within} s"
+            time.sleep(0.005)
+        links = [os.readlink(f"/proc/{self.pid}/fd/{n}") for n in os.listdir(f"/proc/{self.pid}/fd")]
+        assert "anon_inode:[userfaultfd]" not in links, links
+
+    def left_over(self):
+        """Files of forkfs beside the API socket."""
+        return [n for n in os.listdir(self.dir) if ".forkfs-" in n]
+
+    def stop(self):
+        """End it."""
+        if processes.alive(self.pid):
+            self.process.kill()
+        self.process.wait()
+        if hasattr(self, "sock"):
+            self.sock.close()
+            self.api.close()
