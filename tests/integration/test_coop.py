@@ -90,7 +90,7 @@ def test_child_is_branched(case):
     r.mount.run("detach", "child")
     grandchild.rmdir()
     deadline = time.monotonic() + 10
-    while any(link.startswith(str(r.mount.path)) for link in links(r.mount.pid)):
+    while any(link.startswith(f"{r.mount.path}/") for link in links(r.mount.pid)):
         assert time.monotonic() < deadline, links(r.mount.pid)
         time.sleep(0.005)
 
