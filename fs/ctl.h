@@ -21,6 +21,8 @@ struct ffs_request {
 	struct ffs_disk_name *disks; /* n_disks, their strings owned */
 	unsigned n_disks;
 	bool has_owner, owner_writes;
+	bool has_store;
+	enum ffs_store_kind store;
 	uid_t uid;
 	gid_t gid;
 	struct ffs_sbx *sbx;     /* referenced: reserved for attach, target of the others */

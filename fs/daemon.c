@@ -20,6 +20,7 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "ctl.h"
+#include "durable.h"
 #include "events.h"
 #include "mount.h"
 #include "named.h"
@@ -28,6 +29,8 @@
 #define WORKERS 16
 /* Jobs that wait for a VMM each hold a thread; beyond these they queue. */
 #define JOBS 128
+/* Branches go to the store one after the other: a disk that two share is slower for both. */
+#define WRITERS 1
 #define KICK_NS (20 * FFS_NS_PER_MS)
 
 struct daemon {
@@ -174,10 +177,12 @@ static int setup_fs(struct daemon *d, const struct ffs_mount_options *opt, struc
 		return ffs_error_set(err, ENOMEM, "no memory");
 	int r = ffs_engine_new(&fs->engine, err);
 
-	if (r == 0)
-		ffs_engine_limit(fs->engine,
-			&(struct ffs_engine_limits){.memory = opt->memory, .captures = opt->captures});
-	return r;
+	if (r < 0)
+		return r;
+	ffs_engine_limit(fs->engine,
+		&(struct ffs_engine_limits){.memory = opt->memory, .captures = opt->captures});
+	/* after the helpers were forked: they must not hold the store's lock */
+	return ffs_durable_open(fs, err);
 }
 
 static void session_ready(void *arg)
@@ -241,7 +246,8 @@ static int start_threads(struct daemon *d, struct ffs_error *err)
 
 	d->main_thread = pthread_self();
 	d->fs.pool = ffs_pool_new(JOBS);
-	d->fs.reaper = d->fs.pool ? ffs_reaper_new(&ops) : NULL;
+	d->fs.writers = ffs_pool_new(WRITERS);
+	d->fs.reaper = d->fs.pool && d->fs.writers ? ffs_reaper_new(&ops) : NULL;
 	return d->fs.reaper ? 0 : ffs_error_set(err, ENOMEM, "no thread for the daemon");
 }
 
@@ -309,11 +315,15 @@ static void end(struct daemon *d)
 	pthread_mutex_unlock(&fs->lock);
 	detach_all(fs);
 	ffs_mount_end(&d->mount, fs->se);
+	/* what is complete outlives us */
+	ffs_durable_drain(fs);
 	drop_branches(fs);
+	ffs_pool_stop(fs->writers);
 	/* Jobs reply through the session, so it stays. What is still parked was ended by the unmount. */
 	ffs_pool_stop(fs->pool);
 	ffs_reaper_stop(fs->reaper);
 	ffs_engine_unref(fs->engine);
+	ffs_durable_close(fs);
 	ffs_log(FFS_LOG_INFO, "%s: ended", d->mount.dir);
 }
 
@@ -426,14 +436,44 @@ static int await_report(pid_t pid, int fd, struct ffs_error *err)
 	return rep.code ? ffs_error_set(err, rep.code, "%s", rep.text) : 0;
 }
 
-int ffs_daemon_run(const struct ffs_mount_options *opt, struct ffs_error *err)
+/* What the options say of the store, as the daemon needs it: with an absolute path that is not below the mount (it
+ * would be hidden, and we would wait for ourselves). */
+static int resolve_store(struct ffs_mount_options *opt, const char *mount_dir, struct ffs_error *err)
+{
+	_cleanup_free_ char *path = NULL;
+	size_t len = strlen(mount_dir);
+	int r;
+
+	if (!opt->store[0])
+		return opt->default_store == FFS_STORE_MEMORY
+			       ? 0
+			       : ffs_error_set(err, EINVAL,
+					 "mount option default-store: without store=DIR branches live in memory only");
+	if (!opt->default_store_given)
+		opt->default_store = FFS_STORE_DENSE;
+	r = absolute(opt->store, &path);
+	if (r < 0 || strlen(path) >= sizeof(opt->store))
+		return ffs_error_set(err, r < 0 ? -r : ENAMETOOLONG, "the store %s has no path", opt->store);
+	snprintf(opt->store, sizeof(opt->store), "%s", path);
+	if (strncmp(opt->store, mount_dir, len) == 0 && (!opt->store[len] || opt->store[len] == '/'))
+		return ffs_error_set(err, EINVAL, "the store %s is below the mount: take another directory", path);
+	return 0;
+}
+
+int ffs_daemon_run(const struct ffs_mount_options *given, struct ffs_error *err)
 {
 	/* reachable to the end: what the kernel or a parked request still holds then is not freed */
 	static struct daemon d;
-	int ends[2], r = absolute(opt->mountpoint, &d.mount.dir);
+	static struct ffs_mount_options copy;
+	const struct ffs_mount_options *opt = &copy;
+	int ends[2], r = absolute(given->mountpoint, &d.mount.dir);
 
 	if (r < 0)
-		return ffs_error_errno(err, -r, "%s", opt->mountpoint);
+		return ffs_error_errno(err, -r, "%s", given->mountpoint);
+	copy = *given;
+	r = resolve_store(&copy, d.mount.dir, err);
+	if (r < 0)
+		return r;
 	d.front = -1;
 	r = ffs_mount_prepare(d.mount.dir, err);
 	if (r < 0)

@@ -21,22 +21,29 @@
 #include "generation.h"
 #include "list.h"
 #include "passthrough.h"
+#include "store/store.h"
 #include "work.h"
 
 struct ffs_events;
 struct ffs_node;
 struct ffs_handle;
 struct ffs_sentences;
+struct ffs_durable;
+struct ffs_store;
+struct ffs_stored;
 
 /* A request that threads claim from each other before they act for it or answer it (park.h). */
 struct ffs_parked;
 
-/* A branch with those who wait for it. Shared by a generation or a name, and by the open handles on it: an
+/* A branch with those who wait for it: an image of the engine, or one of the store. A named branch that goes to the
+ * store changes from a shot of the one sort to one of the other when it is ready. Shared by a generation or a name, and by the open handles on it: an
  * image's memory is free when the last of them is gone. */
 struct ffs_shot {
 	atomic_uint refs;
 	struct ffs_fs *fs;
-	struct ffs_branch *branch;
+	struct ffs_branch *branch; /* NULL: of the store, or failed before this daemon began */
+	struct ffs_stored *stored; /* NULL: in memory; fixed */
+	struct ffs_durable *durable; /* on its way to the store, or never meant for it (NULL); fixed once published */
 	struct ffs_branch_watch watch;
 	struct ffs_work settle_work, free_work;
 	uint64_t memory_size, vmstate_size, time_ns; /* fixed */
@@ -83,6 +90,9 @@ struct ffs_named {
 	unsigned refs;
 	uint64_t serial;
 	char name[80];
+	char next_name[80]; /* while it is renamed in the store */
+	enum ffs_store_kind kind;
+	struct ffs_durable *durable; /* while it is taken: the taker's */
 	struct ffs_sbx *sbx;   /* referenced */
 	struct ffs_shot *shot; /* referenced; NULL: being taken (then the name is only reserved) or removed */
 	bool removed;
@@ -107,6 +117,7 @@ struct ffs_sbx {
 	int pidfd; /* of the VMM, polled by the reaper; -1 */
 	pid_t pid; /* of the VMM; 0: none */
 	uint64_t memory_size, attached_ns /* wall clock */, changed_ns;
+	uint64_t adopted_ns; /* instant of the youngest branch found in the store */
 	uid_t uid;
 	gid_t gid;
 	bool writable;     /* by its owner */
@@ -131,7 +142,10 @@ struct ffs_fs {
 	struct ffs_engine *engine;    /* fixed */
 	struct fuse_session *se;      /* fixed */
 	struct ffs_passthrough pass;
+	struct ffs_store *store; /* NULL: none; fixed */
+	atomic_bool store_pass;  /* the kernel serves files of the store; false once it refused */
 	struct ffs_pool *pool;     /* fixed */
+	struct ffs_pool *writers;  /* into the store; fixed */
 	struct ffs_reaper *reaper; /* fixed */
 	uid_t uid;                 /* of the mounting user, fixed */
 	gid_t gid;
@@ -140,7 +154,10 @@ struct ffs_fs {
 	dev_t mount_dev;
 	struct ffs_counters count;
 
+	pthread_mutex_t names; /* above the tree lock: names of the store's branches (durable.c) */
 	pthread_mutex_t lock;
+	unsigned n_durable; /* branches on their way to the store */
+	pthread_cond_t durable_idle;
 	struct ffs_list sandboxes;
 	struct ffs_list owed; /* pair tables of sandboxes that are gone, by name: tree.c */
 	unsigned n_owed;
@@ -200,6 +217,12 @@ void ffs_live_ended(void *data, void *arg);
 
 /* Takes over the reference on branch; without the tree lock. NULL: no memory (the branch is released). */
 struct ffs_shot *ffs_shot_new(struct ffs_sbx *sbx, struct ffs_branch *branch);
+/* One without an image: of the store, or of what failed. Tree lock held; NULL: no memory. */
+struct ffs_shot *ffs_shot_plain(struct ffs_sbx *sbx);
+/* Tree lock held: its memory (or its vmstate) is one file that the kernel may serve. */
+bool ffs_shot_is_file(const struct ffs_shot *s, bool memory);
+/* The branch's id; "" of one that failed before it had one. */
+const char *ffs_shot_id(const struct ffs_shot *s);
 /* Begin to watch the branch: after the shot was published. Without the tree lock. */
 void ffs_shot_watch(struct ffs_shot *s);
 /* Any locks held; the last one frees in the pool. */

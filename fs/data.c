@@ -76,17 +76,24 @@ int ffs_data_check_open(struct ffs_node *node, int flags, struct ffs_error *err)
 	return 0;
 }
 
+static bool is_memory(enum ffs_kind kind)
+{
+	return kind == FFS_KIND_LIVE_MEMORY || kind == FFS_KIND_NAMED_MEMORY;
+}
+
 /* The file behind a node once its branch is ready. */
 static int backing_fd(const struct ffs_node *node, const struct ffs_shot *shot)
 {
 	if (node->key.kind == FFS_KIND_DISK) {
 		int i = ffs_named_disk(node->named, node->key.key);
 
+		if (shot->stored)
+			return ffs_stored_disk_fd(shot->stored, node->key.key);
 		return i < 0 ? -ENOENT : ffs_branch_disk_fd(shot->branch, (unsigned)i);
 	}
-	if (node->key.kind == FFS_KIND_LIVE_MEMORY || node->key.kind == FFS_KIND_NAMED_MEMORY)
-		return ffs_branch_memory_fd(shot->branch);
-	return ffs_branch_vmstate_fd(shot->branch);
+	if (is_memory(node->key.kind))
+		return shot->stored ? ffs_stored_memory_fd(shot->stored) : ffs_branch_memory_fd(shot->branch);
+	return shot->stored ? ffs_stored_vmstate_fd(shot->stored) : ffs_branch_vmstate_fd(shot->branch);
 }
 
 /* Tree lock held. */
@@ -157,7 +164,12 @@ void ffs_data_opened(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller 
 		ffs_gen_close(live->gen, ffs_now_ns());
 	}
 	pthread_mutex_unlock(&fs->lock);
-	if (r < 0) {
+	if (r < 0 && how == FFS_OPEN_PASS && shot->stored && atomic_exchange(&fs->store_pass, false)) {
+		/* a stacked file system, say; the kernel looks the name up again and finds the node we serve */
+		ffs_log(FFS_LOG_INFO, "the kernel does not serve files of the store by itself (%s): we do",
+			strerror(-r));
+		fuse_reply_err(req, ESTALE);
+	} else if (r < 0) {
 		ffs_error_errno(&err, -r, "%s can't be served", file_name(node));
 		ffs_reply_failure(fs, req, who, ffs_node_dir_ino(node), -r, &err);
 	} else if (ffs_reply_open(req, id, how, backing) != 0) {
@@ -233,6 +245,17 @@ static void reply_failed_shot(
 	ffs_reply_failure(fs, req, who, ffs_node_dir_ino(h->node), EIO, &err);
 }
 
+static void reply_stored_manifest(fuse_req_t req, struct ffs_stored *stored, size_t size, uint64_t off)
+{
+	char *buf = worker_buffer();
+	ssize_t n = buf ? ffs_stored_read_manifest(stored, buf, size < READ_MAX ? size : READ_MAX, off) : -ENOMEM;
+
+	if (n < 0)
+		fuse_reply_err(req, (int)-n);
+	else
+		fuse_reply_buf(req, buf, (size_t)n);
+}
+
 /* The branch has settled: answer a read of manifest.json or an fsync (size 0 and no buffer wanted). */
 static void answer_settled(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller *who,
 	struct ffs_handle *h, bool sync, size_t size, uint64_t off)
@@ -244,6 +267,8 @@ static void answer_settled(struct ffs_fs *fs, fuse_req_t req, const struct ffs_c
 		reply_failed_shot(fs, req, who, h);
 	else if (sync)
 		fuse_reply_err(req, 0);
+	else if (s->stored)
+		reply_stored_manifest(req, s->stored, size, off);
 	else if (!s->manifest)
 		fuse_reply_err(req, EIO);
 	else if (off >= s->manifest_len)
@@ -315,6 +340,26 @@ static void wait_for_shot(struct ffs_call *call, struct ffs_handle *h, bool sync
 	ffs_parked_unref(p);
 }
 
+/* Of memory, vmstate or a disk, wherever the branch is. */
+static ssize_t read_piece(const struct ffs_handle *h, char *buf, size_t size, uint64_t off, struct ffs_error *err)
+{
+	enum ffs_kind kind = h->node->key.kind;
+	const struct ffs_shot *s = h->shot;
+
+	if (kind == FFS_KIND_DISK) {
+		int i = ffs_named_disk(h->node->named, h->node->key.key);
+
+		if (s->stored)
+			return ffs_stored_read_disk(s->stored, h->node->key.key, buf, size, off);
+		return i < 0 ? -EIO : ffs_branch_read_disk(s->branch, (unsigned)i, buf, size, off);
+	}
+	if (is_memory(kind))
+		return s->stored ? ffs_stored_read_memory(s->stored, buf, size, off, err)
+				 : ffs_branch_read_memory(s->branch, buf, size, off);
+	return s->stored ? ffs_stored_read_vmstate(s->stored, buf, size, off)
+			 : ffs_branch_read_vmstate(s->branch, buf, size, off);
+}
+
 void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uint64_t off, int flags)
 {
 	struct ffs_fs *fs = call->fs;
@@ -343,18 +388,12 @@ void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uin
 	}
 	if (size > READ_MAX)
 		size = READ_MAX;
-	if (kind == FFS_KIND_DISK) {
-		int i = ffs_named_disk(h->node->named, h->node->key.key);
+	struct ffs_error err = {0};
 
-		n = i < 0 ? -EIO : ffs_branch_read_disk(h->shot->branch, (unsigned)i, buf, size, off);
-	} else if (kind == FFS_KIND_LIVE_MEMORY || kind == FFS_KIND_NAMED_MEMORY)
-		n = ffs_branch_read_memory(h->shot->branch, buf, size, off);
-	else
-		n = ffs_branch_read_vmstate(h->shot->branch, buf, size, off);
+	n = read_piece(h, buf, size, off, &err);
 	if (n < 0) {
-		struct ffs_error err = {0};
-
-		ffs_branch_failure(h->shot->branch, &err);
+		if (h->shot->branch)
+			ffs_branch_failure(h->shot->branch, &err);
 		ffs_reply_failure(fs, call->req, &call->who, ffs_node_dir_ino(h->node), (int)-n, &err);
 		return;
 	}

@@ -4,11 +4,13 @@
  * ffs_error. */
 #pragma once
 
+#include <limits.h>
 #include <stdbool.h>
 #include <stdint.h>
 
 #include "base/error.h"
 #include "base/log.h"
+#include "store/store.h"
 
 enum ffs_passthrough_option {
 	FFS_PASSTHROUGH_AUTO, /* where the kernel and our rights allow it */
@@ -27,6 +29,9 @@ struct ffs_mount_options {
 	uint64_t memory;      /* for images: struct ffs_engine_limits; FFS_MEMORY_AUTO */
 	unsigned captures;    /* at once; twice the CPUs, at least 8. 0: any number */
 	enum ffs_passthrough_option passthrough;
+	char store[PATH_MAX];               /* directory of the store; "": branches live in memory only */
+	enum ffs_store_kind default_store;  /* of mkdir and of requests that do not say; dense with a store */
+	bool default_store_given;
 	uint32_t max_read;      /* largest read request asked for, bytes, a multiple of 4096; 1 MiB */
 	enum ffs_log_level log; /* FFS_LOG_INFO */
 	/* Called in the serving process once the mount answers, from a thread of the daemon; may be NULL. */
@@ -37,9 +42,9 @@ struct ffs_mount_options {
 void ffs_mount_options_init(struct ffs_mount_options *opt);
 
 /* Take in a comma-separated list as -o gives it: allow_other, branch=on|off, branch-rate=N, lease=SECONDS,
- * memory=SIZE|auto|unlimited, captures=N, passthrough=auto|off, max_read=BYTES, log=error|warning|info|debug.
- * What mount(8) and fstab add (rw, dev, suid, exec, auto, user, _netdev, x-*, …) is accepted and ignored.
- * -EINVAL with a sentence that names the option. */
+ * memory=SIZE|auto|unlimited, captures=N, passthrough=auto|off, store=DIR, default-store=memory|dense|packed,
+ * max_read=BYTES, log=error|warning|info|debug. What mount(8) and fstab add (rw, dev, suid, exec, auto, user,
+ * _netdev, x-*, …) is accepted and ignored. -EINVAL with a sentence that names the option. */
 int ffs_mount_options_parse(struct ffs_mount_options *opt, const char *list, struct ffs_error *err);
 
 /* Mount and serve. The calling process must have one thread (the engine forks helpers first).

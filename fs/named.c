@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "data.h"
+#include "durable.h"
 #include "events.h"
 #include "nodes.h"
 #include "park.h"
@@ -34,14 +35,21 @@ int ffs_named_reserve(struct ffs_sbx *sbx, const char *name, const struct ffs_ca
 		return ffs_error_set(err, EDEADLK,
 			"process %d is the VM of '%s' itself: it would wait for its own pause",
 			(int)who->tgid, sbx->name);
+	if (sbx->fs->store && ffs_store_check_name(name, err) < 0)
+		return -EINVAL;
 	n = ffs_named_find(sbx, name);
 	if (n && !n->shot)
 		return ffs_error_set(err, EBUSY, "branch '%s' of '%s' is just being taken", name, sbx->name);
 	if (n)
 		return ffs_error_set(err, EEXIST, "sandbox '%s' has a branch '%s' already", sbx->name, name);
+	for (struct ffs_list *e = sbx->branches.next; e != &sbx->branches; e = e->next)
+		if (strcmp(ffs_container(e, struct ffs_named, link)->next_name, name) == 0)
+			return ffs_error_set(err, EBUSY, "a branch of '%s' is just being renamed to '%s'", sbx->name,
+				name);
 	n = ffs_named_new(sbx, name);
 	if (!n)
 		return ffs_error_set(err, ENOMEM, "no memory");
+	n->kind = sbx->fs->opt.default_store;
 	*out = n;
 	return 0;
 }
@@ -54,7 +62,8 @@ static void publish(struct ffs_named *n, struct ffs_shot *s)
 	n->time_ns = s->time_ns;
 	n->sbx->changed_ns = ffs_wall_ns();
 	s->named = n;
-	ffs_event(n->sbx->fs, "branch", n->sbx->name, n->name, ffs_branch_id(s->branch), NULL);
+	ffs_durable_attach(n, s);
+	ffs_event(n->sbx->fs, "branch", n->sbx->name, n->name, ffs_shot_id(s), NULL);
 }
 
 static int copy_disks(struct ffs_named *n, struct ffs_branch *branch)
@@ -109,8 +118,11 @@ int ffs_named_take(struct ffs_named *n, const struct ffs_take_options *how, stru
 {
 	struct ffs_fs *fs = n->sbx->fs;
 	struct ffs_shot *s = NULL, *watch = NULL;
-	int r = take(n, how, cancel, &s, err);
+	/* a store that cannot take it is known before the pause */
+	int r = ffs_durable_begin(n, err);
 
+	if (!r)
+		r = take(n, how, cancel, &s, err);
 	if (r == -EAGAIN && how->timeout_ns == MKDIR_NS && err) {
 		struct ffs_error why = *err;
 
@@ -136,8 +148,10 @@ int ffs_named_take(struct ffs_named *n, const struct ffs_take_options *how, stru
 		ffs_shot_watch(watch);
 		ffs_shot_unref(watch);
 		atomic_fetch_add(&fs->count.named, 1);
-	} else if (s) {
-		ffs_shot_unref(s);
+	} else {
+		ffs_durable_abort(n);
+		if (s)
+			ffs_shot_unref(s);
 	}
 	return r;
 }
@@ -196,6 +210,32 @@ void ffs_named_mkdir(struct ffs_call *call, struct ffs_node *dir, const char *na
  * -------------------------------------------------------------------------------------------------------------
  */
 
+/* Tree lock held, and back again: out of the store, if it is there, then out of the tree. fs->names is held, so nobody
+ * else removes or renames it meanwhile. */
+static int remove_named(struct ffs_fs *fs, struct ffs_sbx *sbx, const char *name, struct ffs_list *waits,
+	struct ffs_inval *inval, struct ffs_error *err)
+{
+	struct ffs_named *n = ffs_named_find(sbx, name);
+	int r;
+
+	if (!n || !n->shot)
+		return ffs_error_set(err, n ? EBUSY : ENOENT,
+			n ? "branch '%s' is just being taken" : "there is no branch '%s'", name);
+	ffs_named_ref(n);
+	pthread_mutex_unlock(&fs->lock);
+	r = ffs_durable_remove(n, err);
+	pthread_mutex_lock(&fs->lock);
+	if (!r && n->shot) {
+		ffs_event(fs, "removed", sbx->name, n->name, ffs_shot_id(n->shot), NULL);
+		ffs_parked_claim_all(&n->waits, waits);
+		ffs_named_remove(n);
+		if (ffs_tree_drop_empty(fs, sbx))
+			ffs_inval_collect(fs, sbx, inval);
+	}
+	ffs_named_unref(n);
+	return r;
+}
+
 static void rmdir_task(struct ffs_task *t)
 {
 	struct ffs_fs *fs = t->call.fs;
@@ -206,25 +246,15 @@ static void rmdir_task(struct ffs_task *t)
 	int r = FFS_FAULT("fs-rmdir");
 
 	ffs_list_init(&waits);
+	pthread_mutex_lock(&fs->names);
 	pthread_mutex_lock(&fs->lock);
 	/* once it is removed no signal may take the answer back */
 	bool mine = ffs_parked_claim(t->p);
 
-	if (mine && !r) {
-		struct ffs_named *n = ffs_named_find(sbx, t->name);
-
-		if (!n || !n->shot) {
-			r = ffs_error_set(&err, n ? EBUSY : ENOENT,
-				n ? "branch '%s' is just being taken" : "there is no branch '%s'", t->name);
-		} else {
-			ffs_event(fs, "removed", sbx->name, n->name, ffs_branch_id(n->shot->branch), NULL);
-			ffs_parked_claim_all(&n->waits, &waits);
-			ffs_named_remove(n);
-			if (ffs_tree_drop_empty(fs, sbx))
-				ffs_inval_collect(fs, sbx, &inval);
-		}
-	}
+	if (mine && !r)
+		r = remove_named(fs, sbx, t->name, &waits, &inval, &err);
 	pthread_mutex_unlock(&fs->lock);
+	pthread_mutex_unlock(&fs->names);
 	if (!mine)
 		return;
 	ffs_wait_answer_all(&waits, -ENOENT, NULL);
@@ -236,6 +266,8 @@ static void rmdir_task(struct ffs_task *t)
 	/* after the answer: the kernel holds the lock of branches/ until then */
 	ffs_inval_send(fs, &inval);
 	ffs_polls_check(fs);
+	if (!r)
+		ffs_durable_reap(sbx);
 }
 
 void ffs_named_rmdir(struct ffs_call *call, struct ffs_node *dir, const char *name)
@@ -255,10 +287,12 @@ void ffs_named_rmdir(struct ffs_call *call, struct ffs_node *dir, const char *na
  * ------------------------------------------------------------------------------------------------------------
  */
 
+/* Tree lock and fs->names held; the tree lock is given back while the store's directory is renamed. */
 static int rename_locked(struct ffs_task *t, struct ffs_error *err)
 {
 	struct ffs_sbx *sbx = t->node->sbx;
 	struct ffs_named *n = ffs_named_find(sbx, t->name), *other = ffs_named_find(sbx, t->name2);
+	int r = 0;
 
 	if (!n)
 		return ffs_error_set(err, ENOENT, "there is no branch '%s'", t->name);
@@ -270,9 +304,18 @@ static int rename_locked(struct ffs_task *t, struct ffs_error *err)
 	if (other)
 		return ffs_error_set(err, t->flags & RENAME_NOREPLACE ? EEXIST : ENOTEMPTY,
 			"sandbox '%s' has a branch '%s' already: rmdir it first", sbx->name, t->name2);
-	snprintf(n->name, sizeof(n->name), "%.79s", t->name2);
-	sbx->changed_ns = ffs_wall_ns();
-	return 0;
+	ffs_named_ref(n);
+	snprintf(n->next_name, sizeof(n->next_name), "%.79s", t->name2);
+	pthread_mutex_unlock(&sbx->fs->lock);
+	r = ffs_durable_rename(n, t->name2, err);
+	pthread_mutex_lock(&sbx->fs->lock);
+	n->next_name[0] = '\0';
+	if (!r) {
+		snprintf(n->name, sizeof(n->name), "%.79s", t->name2);
+		sbx->changed_ns = ffs_wall_ns();
+	}
+	ffs_named_unref(n);
+	return r;
 }
 
 static void rename_task(struct ffs_task *t)
@@ -288,12 +331,14 @@ static void rename_task(struct ffs_task *t)
 	if (!r && t->node->sbx != t->node2->sbx)
 		r = ffs_error_set(
 			&err, EPERM, "a branch belongs to its sandbox: it can't be moved to another");
+	pthread_mutex_lock(&fs->names);
 	pthread_mutex_lock(&fs->lock);
 	bool mine = ffs_parked_claim(t->p);
 
 	if (mine && !r)
 		r = rename_locked(t, &err);
 	pthread_mutex_unlock(&fs->lock);
+	pthread_mutex_unlock(&fs->names);
 	if (!mine)
 		return;
 	if (r < 0)

@@ -334,7 +334,7 @@ static uint64_t size_of(const struct ffs_node *n)
 	}
 	case FFS_KIND_LIVE_MANIFEST:
 	case FFS_KIND_NAMED_MANIFEST:
-		return s && s->manifest ? s->manifest_len : 0;
+		return s ? s->manifest_len : 0;
 	default:
 		return 0;
 	}
@@ -396,7 +396,7 @@ double ffs_node_attr_ttl(struct ffs_fs *fs, const struct ffs_node *n)
 	case FFS_KIND_BRANCHES:
 		return SHORT_TTL;
 	case FFS_KIND_NAMED_MANIFEST:
-		return n->named->shot && n->named->shot->manifest ? LONG_TTL : 0;
+		return n->named->shot && n->named->shot->manifest_len ? LONG_TTL : 0;
 	default:
 		return LONG_TTL;
 	}

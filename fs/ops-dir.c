@@ -75,7 +75,8 @@ static struct ffs_node *get_named_file(struct ffs_call *call, enum ffs_kind kind
 		return ffs_node_get(fs, &key, named->sbx, named, NULL);
 	if (ffs_retry_peek(fs, call->who.tid, ffs_ino(kind, named->serial, NULL)) == FFS_RETRY_WRITER)
 		key.mode = FFS_MODE_DIRECT;
-	else if (named->shot && named->shot->state == FFS_BRANCH_READY && atomic_load(&fs->pass.on))
+	else if (named->shot && named->shot->state == FFS_BRANCH_READY && atomic_load(&fs->pass.on) &&
+		 ffs_shot_is_file(named->shot, kind == FFS_KIND_NAMED_MEMORY))
 		key.mode = FFS_MODE_PASS;
 	return ffs_node_get(fs, &key, named->sbx, named, NULL);
 }
@@ -89,7 +90,8 @@ static int find_disk(struct ffs_fs *fs, struct ffs_named *named, const char *id,
 		return -ENOENT;
 	struct ffs_node_key key = {.kind = FFS_KIND_DISK, .object = named->serial, .key = named->disks[i].id};
 
-	if (named->shot->state == FFS_BRANCH_READY && atomic_load(&fs->pass.on))
+	if (named->shot->state == FFS_BRANCH_READY && atomic_load(&fs->pass.on) &&
+		ffs_shot_is_file(named->shot, false))
 		key.mode = FFS_MODE_PASS;
 	*out = ffs_node_get(fs, &key, named->sbx, named, NULL);
 	return 0;

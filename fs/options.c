@@ -106,7 +106,7 @@ static int with_value(
 	static const enum ffs_log_level level[] = {FFS_LOG_ERROR, FFS_LOG_WARN, FFS_LOG_INFO, FFS_LOG_DEBUG};
 	unsigned long n = 0;
 	unsigned word = 0;
-	int r;
+	int r = 0;
 
 	if (strcmp(name, "branch") == 0) {
 		r = choice(name, value, on_off, &word, err);
@@ -131,6 +131,16 @@ static int with_value(
 	} else if (strcmp(name, "passthrough") == 0) {
 		r = choice(name, value, auto_off, &word, err);
 		opt->passthrough = word ? FFS_PASSTHROUGH_OFF : FFS_PASSTHROUGH_AUTO;
+	} else if (strcmp(name, "store") == 0) {
+		if (!*value || strlen(value) >= sizeof(opt->store))
+			return ffs_error_set(err, EINVAL, "mount option store: name a directory");
+		snprintf(opt->store, sizeof(opt->store), "%s", value);
+	} else if (strcmp(name, "default-store") == 0) {
+		if (!ffs_store_kind_parse(value, &opt->default_store))
+			return ffs_error_set(err, EINVAL,
+				"mount option default-store: there is no '%s' (memory, dense, packed)", value);
+		opt->default_store_given = true;
+		return 0;
 	} else if (strcmp(name, "max_read") == 0) {
 		r = number(name, value, 1u << 20, &n, err);
 		if (!r && (n < 4096 || n % 4096))
@@ -143,7 +153,7 @@ static int with_value(
 	} else {
 		r = ffs_error_set(err, EINVAL,
 			"there is no mount option '%s' (allow_other, branch=, branch-rate=, lease=, "
-			"memory=, captures=, passthrough=, max_read=, "
+			"memory=, captures=, passthrough=, store=, default-store=, max_read=, "
 			"log=)",
 			name);
 	}

@@ -220,6 +220,19 @@ static int parse_choice(struct json_object *o, const char *key, const char *have
 	return ffs_error_set(err, EINVAL, "branch: there is no %s '%s'", key, v);
 }
 
+static int parse_store(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
+{
+	const char *v;
+	int r = get_string(o, "branch", "store", 64, &v, err);
+
+	if (r < 0 || !v)
+		return r;
+	if (!ffs_store_kind_parse(v, &req->store))
+		return ffs_error_set(err, EINVAL, "branch: there is no store '%s' (memory, dense, packed)", v);
+	req->has_store = true;
+	return 0;
+}
+
 static int parse_branch(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
 	static const char *const keys[] = {"name", "mode", "store", "wait", "disks", NULL};
@@ -231,7 +244,7 @@ static int parse_branch(struct json_object *o, struct ffs_request *req, struct f
 	if (!r)
 		r = parse_choice(o, "mode", "live", "diff", "full", err);
 	if (!r)
-		r = parse_choice(o, "store", "memory", "dense", "packed", err);
+		r = parse_store(o, req, err);
 	if (!r)
 		r = get_bool(o, "branch", "wait", &req->wait, err);
 	if (!r)

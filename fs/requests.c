@@ -82,6 +82,22 @@ static void free_strings(struct ffs_request *req)
 	free(req->disks);
 }
 
+static int admit_branch(
+	struct ffs_sbx *sbx, const struct ffs_caller *who, struct ffs_request *req, struct ffs_error *err)
+{
+	int r;
+
+	if (req->has_store && req->store != FFS_STORE_MEMORY && !sbx->fs->store)
+		return ffs_error_set(err, EOPNOTSUPP,
+			"branch: this mount has no store, its branches live in memory: mount it with -o store=DIR "
+			"for '%s'",
+			ffs_store_kind_name(req->store));
+	r = ffs_named_reserve(sbx, req->name, who, &req->named, err);
+	if (!r && req->has_store)
+		req->named->kind = req->store;
+	return r;
+}
+
 int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_caller *who,
 	struct json_object *o, struct ffs_request *out, struct ffs_error *err)
 {
@@ -95,7 +111,7 @@ int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_c
 		else if (req.kind == FFS_REQ_DETACH)
 			r = admit_detach(fs, &req, err);
 		else if (req.kind == FFS_REQ_BRANCH)
-			r = ffs_named_reserve(sbx, req.name, who, &req.named, err);
+			r = admit_branch(sbx, who, &req, err);
 		pthread_mutex_unlock(&fs->lock);
 	}
 	if (r < 0) {

@@ -15,6 +15,7 @@
 
 #include "base/util.h"
 #include "ctl.h"
+#include "durable.h"
 #include "events.h"
 
 void ffs_rfc3339(uint64_t wall_ns, char out[40])
@@ -49,7 +50,8 @@ static int from_json(struct json_object *o, char **text)
 static int make_capabilities(struct ffs_fs *fs, char **text)
 {
 	static const char *const drivers[] = {"qemu", "coop", NULL}, *const modes[] = {"live", NULL},
-				 *const stores[] = {"memory", NULL};
+				 *const stores[] = {"memory", "dense", "packed", NULL},
+				 *const no_store[] = {"memory", NULL};
 	struct json_object *o = json_object_new_object();
 	bool pass = atomic_load(&fs->pass.on);
 
@@ -57,7 +59,11 @@ static int make_capabilities(struct ffs_fs *fs, char **text)
 	json_object_object_add(o, "pid", json_object_new_int(getpid()));
 	json_object_object_add(o, "drivers", words(drivers));
 	json_object_object_add(o, "modes", words(modes));
-	json_object_object_add(o, "stores", words(stores));
+	json_object_object_add(o, "stores", words(fs->store ? stores : no_store));
+	json_object_object_add(
+		o, "store", fs->store ? json_object_new_string(ffs_store_path(fs->store)) : NULL);
+	json_object_object_add(
+		o, "default_store", json_object_new_string(ffs_store_kind_name(fs->opt.default_store)));
 	json_object_object_add(o, "passthrough", json_object_new_boolean(pass));
 	json_object_object_add(
 		o, "passthrough_reason", pass ? NULL : json_object_new_string(fs->pass.why_off));
@@ -233,8 +239,9 @@ struct json_object *ffs_named_status(struct ffs_fs *fs, struct ffs_named *named)
 	pthread_mutex_unlock(&fs->lock);
 	if (!shot)
 		return NULL;
-	if (ffs_branch_status(shot->branch, &o) < 0)
+	if (!shot->branch || ffs_branch_status(shot->branch, &o) < 0)
 		o = json_object_new_object();
+	ffs_durable_status(shot, o);
 	pthread_mutex_lock(&fs->lock);
 	/* the name of today, and the state that `state` and `wait` go by */
 	json_object_object_add(o, "name", json_object_new_string(name));

@@ -16,6 +16,7 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "data.h"
+#include "durable.h"
 #include "events.h"
 #include "park.h"
 
@@ -39,12 +40,14 @@ static void free_shot(struct ffs_work *w)
 	struct ffs_list waiters;
 
 	/* after this the callback neither runs nor will */
-	ffs_branch_unwatch(s->branch, &s->watch);
+	if (s->branch)
+		ffs_branch_unwatch(s->branch, &s->watch);
 	/* who waited by name, without a file of it open, must hear that it was removed */
 	pthread_mutex_lock(&fs->lock);
 	ffs_list_move(&waiters, &s->waiters);
 	pthread_mutex_unlock(&fs->lock);
 	call_waiters(s, &waiters);
+	ffs_durable_free(s);
 	ffs_branch_unref(s->branch);
 	pthread_mutex_lock(&fs->lock);
 	ffs_sbx_unref(s->sbx);
@@ -105,14 +108,28 @@ static void tell_settled(struct ffs_shot *s)
 
 	if (s->named)
 		ffs_event(fs, ready ? "ready" : "failed", s->sbx->name, s->named->name,
-			ffs_branch_id(s->branch), ready ? NULL : s->failure.text);
+			ffs_shot_id(s), ready ? NULL : s->failure.text);
 	else if (s->live && !ready)
-		ffs_event(fs, "failed", s->sbx->name, NULL, ffs_branch_id(s->branch), s->failure.text);
+		ffs_event(fs, "failed", s->sbx->name, NULL, ffs_shot_id(s), s->failure.text);
 	if (s->live && !ready && s->live->gen)
 		ffs_gen_fail(s->live->gen);
 }
 
-/* On the reaper's thread. */
+/* Tree lock held: the name is served by `next` from now on; who has `s` open stays with it. */
+static void succeed(struct ffs_shot *s, struct ffs_shot *next)
+{
+	struct ffs_named *n = s->named;
+
+	/* removed meanwhile: the last reference of `next` is ours */
+	if (n) {
+		n->shot = next;
+		next->named = n;
+		s->named = NULL;
+	}
+	ffs_shot_unref(n ? s : next);
+}
+
+/* On the reaper's thread: when the capture is over, and again when the branch is in the store. */
 static void settle(struct ffs_work *w)
 {
 	struct ffs_shot *s = ffs_container(w, struct ffs_shot, settle_work);
@@ -121,23 +138,34 @@ static void settle(struct ffs_work *w)
 	struct ffs_error why = {0};
 	struct ffs_list waiters, waits;
 	size_t len = 0;
-	char *manifest = state == FFS_BRANCH_READY ? make_manifest(s, &len) : NULL;
+	char *manifest;
 
 	if (state == FFS_BRANCH_FAILED)
 		ffs_branch_failure(s->branch, &why);
+	if (ffs_durable_take_over(s, state, &why))
+		return;
+	manifest = ffs_durable_manifest(s, &len);
+	if (!manifest && state == FFS_BRANCH_READY)
+		manifest = make_manifest(s, &len);
 	pthread_mutex_lock(&fs->lock);
 	s->state = state;
 	s->failure = why;
 	s->manifest = manifest;
 	s->manifest_len = len;
+	struct ffs_shot *next = ffs_durable_successor(s);
+
+	state = s->state;
+	why = s->failure;
 	ffs_list_move(&waiters, &s->waiters);
 	ffs_list_init(&waits);
 	if (s->named)
 		ffs_parked_claim_all(&s->named->waits, &waits);
 	tell_settled(s);
+	if (next)
+		succeed(s, next);
 	pthread_mutex_unlock(&fs->lock);
 	if (state == FFS_BRANCH_FAILED)
-		ffs_log(FFS_LOG_WARN, "%s: branch %s failed: %s", s->sbx->name, ffs_branch_id(s->branch),
+		ffs_log(FFS_LOG_WARN, "%s: branch %s failed: %s", s->sbx->name, ffs_shot_id(s),
 			why.text);
 	ffs_wait_answer_all(&waits, state == FFS_BRANCH_READY ? 0 : -EIO, &why);
 	call_waiters(s, &waiters);
@@ -147,27 +175,49 @@ static void settle(struct ffs_work *w)
 
 struct ffs_shot *ffs_shot_new(struct ffs_sbx *sbx, struct ffs_branch *branch)
 {
-	struct ffs_shot *s = calloc(1, sizeof(*s));
+	struct ffs_shot *s;
 
+	pthread_mutex_lock(&sbx->fs->lock);
+	s = ffs_shot_plain(sbx);
+	pthread_mutex_unlock(&sbx->fs->lock);
 	if (!s) {
 		ffs_branch_unref(branch);
 		return NULL;
 	}
-	atomic_init(&s->refs, 1);
-	s->fs = sbx->fs;
 	s->branch = branch;
 	s->watch = (struct ffs_branch_watch){.fn = settled, .arg = s};
 	s->settle_work.fn = settle;
-	s->free_work.fn = free_shot;
 	s->memory_size = ffs_branch_memory_size(branch);
 	s->vmstate_size = ffs_branch_vmstate_size(branch);
 	s->time_ns = ffs_branch_time_ns(branch);
 	s->state = FFS_BRANCH_WRITING;
-	ffs_list_init(&s->waiters);
-	pthread_mutex_lock(&sbx->fs->lock);
-	s->sbx = ffs_sbx_ref(sbx);
-	pthread_mutex_unlock(&sbx->fs->lock);
 	return s;
+}
+
+struct ffs_shot *ffs_shot_plain(struct ffs_sbx *sbx)
+{
+	struct ffs_shot *s = calloc(1, sizeof(*s));
+
+	if (!s)
+		return NULL;
+	atomic_init(&s->refs, 1);
+	s->fs = sbx->fs;
+	s->free_work.fn = free_shot;
+	ffs_list_init(&s->waiters);
+	s->sbx = ffs_sbx_ref(sbx);
+	return s;
+}
+
+bool ffs_shot_is_file(const struct ffs_shot *s, bool memory)
+{
+	if (!s->stored)
+		return s->branch != NULL;
+	return atomic_load(&s->fs->store_pass) && (!memory || ffs_stored_kind(s->stored) == FFS_STORE_DENSE);
+}
+
+const char *ffs_shot_id(const struct ffs_shot *s)
+{
+	return s->branch ? ffs_branch_id(s->branch) : s->stored ? ffs_stored_id(s->stored) : "";
 }
 
 void ffs_shot_watch(struct ffs_shot *s)

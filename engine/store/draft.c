@@ -10,7 +10,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <linux/fs.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 /* Written back as it goes: the sync at the end has little left to do, and the cache is not full of dirty pages. */
@@ -214,6 +216,62 @@ int ffs_draft_file(struct ffs_draft *d, const char *name, int fd, struct ffs_err
 	return n < 0 ? ffs_store_errno(d->st, (int)-n, err, "%s of branch %s cannot be written", name,
 			       d->label)
 		     : 0;
+}
+
+/* The data between the holes. */
+static int copy_extents(int in, int out, uint64_t size, struct ffs_store_progress *p)
+{
+	_cleanup_free_ char *buf = malloc(FFS_STORE_BLOCK);
+	uint64_t off = 0;
+
+	if (!buf)
+		return -ENOMEM;
+	while (off < size) {
+		off_t data = lseek(in, (off_t)off, SEEK_DATA), hole;
+		int r = 0;
+
+		if (data < 0)
+			return errno == ENXIO ? 0 : -errno;
+		hole = lseek(in, data, SEEK_HOLE);
+		if (hole < 0)
+			return -errno;
+		for (off = (uint64_t)data; !r && off < (uint64_t)hole;) {
+			uint64_t left = (uint64_t)hole - off;
+			ssize_t n = ffs_pread_full(in, buf, left < FFS_STORE_BLOCK ? left : FFS_STORE_BLOCK, off);
+
+			if (n <= 0)
+				return n < 0 ? (int)n : -EIO;
+			r = ffs_progress_cancelled(p) ? -EINTR : ffs_store_ops->write(out, buf, (size_t)n, off);
+			off += (uint64_t)n;
+			ffs_progress_add(p, (uint64_t)n);
+		}
+		if (r < 0)
+			return r;
+	}
+	return 0;
+}
+
+int ffs_draft_disk(struct ffs_draft *d, const char *id, int fd, struct ffs_store_progress *p, struct ffs_error *err)
+{
+	_cleanup_close_ int dir = -1, out = -1;
+	struct stat st;
+	int r = ffs_store_ops->mkdir(d->fd, "disks");
+
+	if (!r || r == -EEXIST) {
+		dir = ffs_store_open_subdir(d->fd, "disks");
+		r = dir < 0 ? dir : fstat(fd, &st) < 0 ? -errno : 0;
+	}
+	if (!r) {
+		out = ffs_store_ops->create(dir, id);
+		r = out < 0 ? out : 0;
+	}
+	/* one file system that shares blocks: nothing to copy */
+	if (!r && ioctl(out, FICLONE, fd) < 0) {
+		r = ftruncate(out, st.st_size) < 0 ? -errno : 0;
+		if (!r)
+			r = copy_extents(fd, out, (uint64_t)st.st_size, p);
+	}
+	return r < 0 ? ffs_store_errno(d->st, -r, err, "disk %s of branch %s cannot be written", id, d->label) : 0;
 }
 
 /* ---- memory

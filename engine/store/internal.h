@@ -19,6 +19,7 @@
 #define FFS_MEMORY_INDEX "memory.idx"
 #define FFS_MEMORY_PACK "memory.pack."
 #define FFS_VMSTATE "vmstate"
+#define FFS_DISKS "disks/"
 #define FFS_MANIFEST_MAX (256u << 20)
 
 /* ---- ops.c: 0 (or bytes, or a descriptor) or -errno; EINTR is retried
@@ -118,14 +119,17 @@ int ffs_manifest_fill(struct json_object *o, const struct ffs_draft *d, const st
 struct ffs_manifest {
 	char id[40], name[80], sandbox[80];
 	uint64_t memory_size, vmstate_size, time_ns;
+	bool has_owner, owner_writes;
+	uid_t uid;
+	gid_t gid;
 	bool has_hashes;
 	struct ffs_hash memory_hash, *blocks;
 	uint64_t n_blocks;
 	struct ffs_file_entry *files;
 	unsigned n_files;
 };
-/* Take the checked members out; free with ffs_manifest_clear(). `hashes`: those of blocks and files too. */
-int ffs_manifest_load(struct json_object *o, bool hashes, struct ffs_manifest *out, struct ffs_error *err);
+/* Take the checked members out; free with ffs_manifest_clear(). `blocks`: the hashes of memory too. */
+int ffs_manifest_load(struct json_object *o, bool blocks, struct ffs_manifest *out, struct ffs_error *err);
 void ffs_manifest_clear(struct ffs_manifest *m);
 
 /* ---- index.c: memory.idx
@@ -192,11 +196,12 @@ struct ffs_stored {
 	char *path; /* as messages show it */
 	int dir;
 	enum ffs_store_kind kind;
-	struct ffs_manifest m; /* without hashes */
+	struct ffs_manifest m; /* without the hashes of memory */
 	bool sealed;
 	uint64_t manifest_size, all, shared;
 	pthread_mutex_t lock; /* of opening what follows; readers need none once it is there */
 	atomic_int memory, vmstate, manifest;
+	atomic_int *disks; /* of each file of the manifest: its descriptor, or -1 */
 	struct ffs_index index;
 	int *pack_fds;
 	atomic_bool packed_open;

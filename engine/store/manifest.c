@@ -298,7 +298,21 @@ static int load_blocks(struct json_object *memory, struct ffs_manifest *m)
 	return 0;
 }
 
-int ffs_manifest_load(struct json_object *o, bool hashes, struct ffs_manifest *out, struct ffs_error *err)
+static void load_owner(struct json_object *o, struct ffs_manifest *m)
+{
+	struct json_object *owner = NULL, *w = NULL;
+	uint64_t uid, gid;
+
+	if (!json_object_object_get_ex(o, "owner", &owner) || !json_object_is_type(owner, json_type_object) ||
+		!size_at(owner, "uid", &uid) || !size_at(owner, "gid", &gid) || uid >= UINT32_MAX || gid >= UINT32_MAX)
+		return;
+	m->has_owner = true;
+	m->uid = (uid_t)uid;
+	m->gid = (gid_t)gid;
+	m->owner_writes = json_object_object_get_ex(owner, "writable", &w) && json_object_get_boolean(w);
+}
+
+int ffs_manifest_load(struct json_object *o, bool blocks, struct ffs_manifest *out, struct ffs_error *err)
 {
 	struct ffs_manifest m = {0};
 	struct json_object *memory = NULL, *vmstate = NULL;
@@ -310,13 +324,14 @@ int ffs_manifest_load(struct json_object *o, bool hashes, struct ffs_manifest *o
 	snprintf(m.name, sizeof(m.name), "%.64s", string_at(o, "name"));
 	snprintf(m.sandbox, sizeof(m.sandbox), "%.64s", string_at(o, "sandbox"));
 	m.time_ns = parse_time(string_at(o, "instant"));
+	load_owner(o, &m);
 	if (!json_object_is_type(memory, json_type_object) || !json_object_is_type(vmstate, json_type_object) ||
 		!size_at(memory, "size", &m.memory_size) || !size_at(vmstate, "size", &m.vmstate_size) ||
 		m.memory_size > INT64_MAX - FFS_STORE_BLOCK)
 		r = -EBADMSG;
-	if (!r && hashes)
+	if (!r && blocks)
 		r = load_blocks(memory, &m);
-	if (!r && hashes)
+	if (!r)
 		r = load_files(o, &m);
 	if (r < 0) {
 		ffs_manifest_clear(&m);

@@ -117,6 +117,9 @@ int ffs_draft_memory_from(struct ffs_draft *d, const struct ffs_store_source *sr
 /* Write a file, `vmstate` say, from a descriptor (from its offset 0 to its end). */
 int ffs_draft_file(struct ffs_draft *d, const char *name, int fd, struct ffs_error *err);
 
+/* Write a disk as disks/ID: cloned where the file system can, else copied with its holes. */
+int ffs_draft_disk(struct ffs_draft *d, const char *id, int fd, struct ffs_store_progress *p, struct ffs_error *err);
+
 /* Held around the one step after which the branch exists, so that its name does not change meanwhile. `enter`
  * returns 0, or -errno to give the branch up. */
 struct ffs_publish_gate {
@@ -153,6 +156,8 @@ uint64_t ffs_stored_memory_size(const struct ffs_stored *s);
 uint64_t ffs_stored_vmstate_size(const struct ffs_stored *s);
 /* The instant of the branch, nanoseconds since the epoch; 0: the manifest does not say. */
 uint64_t ffs_stored_time_ns(const struct ffs_stored *s);
+/* Who the branch was lent to (member `owner`); false: the manifest does not say. */
+bool ffs_stored_owner(const struct ffs_stored *s, uid_t *uid, gid_t *gid, bool *writable);
 /* Bytes of its files on disk: in all, and those of them that other branches hold as well. */
 void ffs_stored_sizes(const struct ffs_stored *s, uint64_t *all, uint64_t *shared);
 /* A new object, read from the file again; owned by the caller. */
@@ -167,5 +172,11 @@ ssize_t ffs_stored_read_vmstate(struct ffs_stored *s, void *buf, size_t len, uin
 /* Read-only descriptors owned by `s`, for passthrough. Of memory of a dense branch only; -ENOTSUP else. */
 int ffs_stored_memory_fd(struct ffs_stored *s);
 int ffs_stored_vmstate_fd(struct ffs_stored *s);
+/* Its disks, as the manifest lists them: numbered from 0 to ffs_stored_disks() - 1; named by their ID. */
+unsigned ffs_stored_disks(const struct ffs_stored *s);
+const char *ffs_stored_disk_id(const struct ffs_stored *s, unsigned i);
+uint64_t ffs_stored_disk_size(const struct ffs_stored *s, unsigned i);
+ssize_t ffs_stored_read_disk(struct ffs_stored *s, const char *id, void *buf, size_t len, uint64_t off);
+int ffs_stored_disk_fd(struct ffs_stored *s, const char *id);
 /* Of its directory, owned by `s`. */
 int ffs_stored_dirfd(const struct ffs_stored *s);

@@ -139,6 +139,13 @@ static int open_at(int parent, const char *name, const char *path, struct ffs_st
 	s->manifest_size = len;
 	if (!r)
 		r = find_kind(s, err);
+	if (!r) {
+		s->disks = malloc((s->m.n_files + 1) * sizeof(*s->disks));
+		if (!s->disks)
+			r = ffs_error_set(err, ENOMEM, "no memory");
+	}
+	for (unsigned i = 0; !r && i < s->m.n_files; i++)
+		atomic_init(&s->disks[i], -1);
 	if (r < 0) {
 		ffs_stored_unref(s);
 		return r;
@@ -186,6 +193,9 @@ void ffs_stored_unref(struct ffs_stored *s)
 	close_atomic(&s->memory);
 	close_atomic(&s->vmstate);
 	close_atomic(&s->manifest);
+	for (unsigned i = 0; s->disks && i < s->m.n_files; i++)
+		close_atomic(&s->disks[i]);
+	free(s->disks);
 	ffs_packed_close(s);
 	ffs_manifest_clear(&s->m);
 	ffs_close_fd(&s->dir);
@@ -220,6 +230,16 @@ uint64_t ffs_stored_vmstate_size(const struct ffs_stored *s)
 uint64_t ffs_stored_time_ns(const struct ffs_stored *s)
 {
 	return s->m.time_ns;
+}
+
+bool ffs_stored_owner(const struct ffs_stored *s, uid_t *uid, gid_t *gid, bool *writable)
+{
+	if (!s->m.has_owner)
+		return false;
+	*uid = s->m.uid;
+	*gid = s->m.gid;
+	*writable = s->m.owner_writes;
+	return true;
 }
 
 uint64_t ffs_stored_manifest_size(const struct ffs_stored *s)
@@ -321,6 +341,66 @@ ssize_t ffs_stored_read_memory(struct ffs_stored *s, void *buf, size_t len, uint
 ssize_t ffs_stored_read_vmstate(struct ffs_stored *s, void *buf, size_t len, uint64_t off)
 {
 	return read_at(ffs_stored_vmstate_fd(s), s->m.vmstate_size, buf, len, off);
+}
+
+/* ---- disks
+ * ------------------------------------------------------------------------------------------------------------- */
+
+static bool is_disk(const struct ffs_file_entry *f)
+{
+	return strncmp(f->name, FFS_DISKS, strlen(FFS_DISKS)) == 0;
+}
+
+unsigned ffs_stored_disks(const struct ffs_stored *s)
+{
+	unsigned n = 0;
+
+	for (unsigned i = 0; i < s->m.n_files; i++)
+		n += is_disk(&s->m.files[i]);
+	return n;
+}
+
+/* The file that is disk i; there is one. */
+static const struct ffs_file_entry *disk_at(const struct ffs_stored *s, unsigned i)
+{
+	const struct ffs_file_entry *f = s->m.files;
+
+	while (!is_disk(f) || i--)
+		f++;
+	return f;
+}
+
+const char *ffs_stored_disk_id(const struct ffs_stored *s, unsigned i)
+{
+	return disk_at(s, i)->name + strlen(FFS_DISKS);
+}
+
+uint64_t ffs_stored_disk_size(const struct ffs_stored *s, unsigned i)
+{
+	return disk_at(s, i)->size;
+}
+
+/* The number of a disk's file in the manifest, or -ENOENT. */
+static int find_disk(const struct ffs_stored *s, const char *id)
+{
+	for (unsigned i = 0; i < s->m.n_files; i++)
+		if (is_disk(&s->m.files[i]) && strcmp(s->m.files[i].name + strlen(FFS_DISKS), id) == 0)
+			return (int)i;
+	return -ENOENT;
+}
+
+int ffs_stored_disk_fd(struct ffs_stored *s, const char *id)
+{
+	int i = find_disk(s, id);
+
+	return i < 0 ? i : file_fd(s, &s->disks[i], s->m.files[i].name);
+}
+
+ssize_t ffs_stored_read_disk(struct ffs_stored *s, const char *id, void *buf, size_t len, uint64_t off)
+{
+	int i = find_disk(s, id);
+
+	return i < 0 ? i : read_at(ffs_stored_disk_fd(s, id), s->m.files[i].size, buf, len, off);
 }
 
 ssize_t ffs_stored_read_manifest(struct ffs_stored *s, void *buf, size_t len, uint64_t off)

@@ -59,6 +59,9 @@ static void test_values(void **state)
 	assert_true(parsed("memory=8T").memory == 8ull << 40);
 	assert_int_equal(parsed("captures=0").captures, 0);
 	assert_int_equal(parsed("captures=3").captures, 3);
+	assert_string_equal(parsed("store=/var/lib/forkfs").store, "/var/lib/forkfs");
+	assert_int_equal(parsed("").default_store, FFS_STORE_MEMORY);
+	assert_int_equal(parsed("default-store=packed").default_store, FFS_STORE_PACKED);
 }
 
 static void test_of_mount(void **state)
@@ -69,7 +72,7 @@ static void test_of_mount(void **state)
 
 static void test_refused(void **state)
 {
-	static const char *const lists[] = {"nonsense", "lease", "lease=", "lease=-1", "lease=x",
+	static const char *const lists[] = {"nonsense", "lease", "lease=", "store", "store=", "default-store=tape", "lease=-1", "lease=x",
 		"lease=99999999999999999999", "lease=5s", "branch", "branch=maybe", "branch-rate=1e3",
 		"passthrough=on", "max_read=1", "max_read=5000", "max_read=2097152", "log=loud", "memory",
 		"memory=", "memory=1X", "memory=1MB", "memory=-1", "memory=M", "memory=17179869184G",

@@ -79,7 +79,7 @@ _forkfs() {
 		;;
 	-o)
 		[[ $command == mount ]] || return
-		mapfile -t COMPREPLY < <(compgen -W 'allow_other branch=off branch-rate= lease= memory= captures= passthrough=off' -- "$current")
+		mapfile -t COMPREPLY < <(compgen -W 'allow_other branch=off branch-rate= lease= memory= captures= passthrough=off store= default-store=' -- "$current")
 		compopt -o nospace
 		return
 		;;

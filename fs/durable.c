@@ -1,0 +1,544 @@
+/* Owns the way of a named branch into the store: its draft from before the take on, the job that writes the settled
+ * image, the shot that serves the branch from the store afterwards, and the branches that a daemon finds at its start.
+ *
+ * Threads: one writer (fs->writers) copies images, one after the other; the reaper hands them over and swaps shots;
+ * tasks remove and rename. Locks: fs->names, then the tree lock. fs->names is held across a rename(2) and a sync of
+ * the store, so that a branch has one name while it is published, renamed or removed; never across a copy, and the
+ * kernel's lock of branches/ never waits for more than that. */
+#include "durable.h"
+
+#include <errno.h>
+#include <json-c/json.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+
+#include "base/fault.h"
+#include "base/log.h"
+#include "base/util.h"
+#include "store/store.h"
+
+struct ffs_durable {
+	struct ffs_work work;
+	struct ffs_fs *fs;
+	struct ffs_shot *shot; /* referenced while the job is queued or runs */
+	enum ffs_store_kind kind;
+	struct ffs_store_progress progress;
+	/* fs->names: */
+	struct ffs_draft *draft; /* NULL: published, or given up */
+	/* written by the job, read when it is over: */
+	struct ffs_stored *stored;
+	struct ffs_error why; /* code 0: it is published */
+	bool over;
+};
+
+static void one_less(struct ffs_fs *fs)
+{
+	pthread_mutex_lock(&fs->lock);
+	if (--fs->n_durable == 0)
+		pthread_cond_broadcast(&fs->durable_idle);
+	pthread_mutex_unlock(&fs->lock);
+}
+
+/* ---- before and at the take
+ * --------------------------------------------------------------------------------------------- */
+
+int ffs_durable_begin(struct ffs_named *n, struct ffs_error *err)
+{
+	struct ffs_fs *fs = n->sbx->fs;
+	struct ffs_durable *d;
+	int r;
+
+	if (n->kind == FFS_STORE_MEMORY)
+		return 0;
+	d = calloc(1, sizeof(*d));
+	if (!d)
+		return ffs_error_set(err, ENOMEM, "no memory");
+	d->fs = fs;
+	d->kind = n->kind;
+	r = FFS_FAULT("store-begin");
+	if (!r)
+		r = ffs_draft_begin(fs->store, n->sbx->name, n->name, &d->draft, err);
+	if (r < 0) {
+		free(d);
+		return r;
+	}
+	n->durable = d;
+	pthread_mutex_lock(&fs->lock);
+	fs->n_durable++;
+	pthread_mutex_unlock(&fs->lock);
+	return 0;
+}
+
+static void free_durable(struct ffs_durable *d)
+{
+	struct ffs_fs *fs = d->fs;
+
+	ffs_draft_end(d->draft);
+	ffs_stored_unref(d->stored);
+	if (!d->over)
+		one_less(fs);
+	free(d);
+}
+
+void ffs_durable_abort(struct ffs_named *n)
+{
+	struct ffs_durable *d = n->durable;
+
+	n->durable = NULL;
+	if (d)
+		free_durable(d);
+}
+
+void ffs_durable_attach(struct ffs_named *n, struct ffs_shot *s)
+{
+	s->durable = n->durable;
+	n->durable = NULL;
+}
+
+void ffs_durable_free(struct ffs_shot *s)
+{
+	if (s->durable)
+		free_durable(s->durable);
+	ffs_stored_unref(s->stored);
+}
+
+/* ---- the job
+ * ----------------------------------------------------------------------------------------------------------- */
+
+static int gate_enter(void *arg)
+{
+	struct ffs_durable *d = arg;
+
+	pthread_mutex_lock(&d->fs->names);
+	return 0;
+}
+
+/* fs->names is held: nobody renames it before it was opened. */
+static void gate_leave(void *arg, int result)
+{
+	struct ffs_durable *d = arg;
+	struct ffs_fs *fs = d->fs;
+	char name[80];
+
+	if (!result) {
+		pthread_mutex_lock(&fs->lock);
+		snprintf(name, sizeof(name), "%s", d->shot->named ? d->shot->named->name : "");
+		pthread_mutex_unlock(&fs->lock);
+		if (name[0])
+			ffs_stored_open(fs->store, d->shot->sbx->name, name, &d->stored, &d->why);
+		ffs_draft_end(d->draft);
+		d->draft = NULL;
+	}
+	pthread_mutex_unlock(&fs->names);
+}
+
+/* The youngest packed branch of the sandbox with as much memory: what the new one most likely resembles. */
+static struct ffs_stored *find_share(struct ffs_shot *s)
+{
+	struct ffs_stored *best = NULL;
+
+	pthread_mutex_lock(&s->fs->lock);
+	for (struct ffs_list *e = s->sbx->branches.next; e != &s->sbx->branches; e = e->next) {
+		struct ffs_named *n = ffs_container(e, struct ffs_named, link);
+		struct ffs_stored *other = n->shot ? n->shot->stored : NULL;
+
+		if (other && ffs_stored_kind(other) == FFS_STORE_PACKED &&
+			ffs_stored_memory_size(other) == s->memory_size &&
+			(!best || ffs_stored_time_ns(other) > ffs_stored_time_ns(best)))
+			best = other;
+	}
+	if (best)
+		ffs_stored_ref(best);
+	pthread_mutex_unlock(&s->fs->lock);
+	return best;
+}
+
+/* Who the branch is lent to stays with it when the VM and the daemon are gone. */
+static void add_owner(struct json_object *manifest, struct ffs_sbx *sbx)
+{
+	struct json_object *o = json_object_new_object();
+
+	pthread_mutex_lock(&sbx->fs->lock);
+	json_object_object_add(o, "uid", json_object_new_int64(sbx->uid));
+	json_object_object_add(o, "gid", json_object_new_int64(sbx->gid));
+	json_object_object_add(o, "writable", json_object_new_boolean(sbx->writable));
+	pthread_mutex_unlock(&sbx->fs->lock);
+	json_object_object_add(manifest, "owner", o);
+}
+
+static int write_branch(struct ffs_durable *d, struct ffs_error *err)
+{
+	struct ffs_publish_gate gate = {.enter = gate_enter, .leave = gate_leave, .arg = d};
+	struct ffs_shot *s = d->shot;
+	struct ffs_stored *share = d->kind == FFS_STORE_PACKED ? find_share(s) : NULL;
+	struct json_object *manifest = NULL;
+	int r = FFS_FAULT("store-memory");
+
+	if (!r)
+		r = ffs_draft_memory(d->draft, ffs_branch_memory_fd(s->branch), s->memory_size, d->kind, share,
+			&d->progress, err);
+	ffs_stored_unref(share);
+	if (!r)
+		r = FFS_FAULT("store-vmstate");
+	if (!r)
+		r = ffs_draft_file(d->draft, "vmstate", ffs_branch_vmstate_fd(s->branch), err);
+	for (unsigned i = 0; !r && i < ffs_branch_disks(s->branch); i++)
+		r = ffs_draft_disk(d->draft, ffs_branch_disk_id(s->branch, i), ffs_branch_disk_fd(s->branch, i),
+			&d->progress, err);
+	if (!r)
+		r = ffs_branch_manifest(s->branch, &manifest);
+	if (!r) {
+		add_owner(manifest, s->sbx);
+		r = ffs_store_publish(d->draft, manifest, &gate, err);
+	}
+	json_object_put(manifest);
+	return r;
+}
+
+/* A branch that failed is still there, as failed, for the next daemon. */
+static void record_failure(struct ffs_durable *d)
+{
+	struct ffs_fs *fs = d->fs;
+	struct ffs_error err = {0};
+	char name[80] = "";
+
+	pthread_mutex_lock(&fs->names);
+	pthread_mutex_lock(&fs->lock);
+	if (d->shot->named)
+		snprintf(name, sizeof(name), "%s", d->shot->named->name);
+	pthread_mutex_unlock(&fs->lock);
+	if (d->draft) {
+		ffs_draft_end(d->draft);
+		d->draft = NULL;
+	}
+	if (name[0] && ffs_store_record_failure(fs->store, d->shot->sbx->name, name, &d->why, &err) < 0)
+		ffs_log(FFS_LOG_WARN, "%s", err.text);
+	pthread_mutex_unlock(&fs->names);
+}
+
+static void run_job(struct ffs_work *w)
+{
+	struct ffs_durable *d = ffs_container(w, struct ffs_durable, work);
+	struct ffs_shot *s = d->shot;
+	struct ffs_error err = {0};
+
+	if (!d->why.code) {
+		int r = write_branch(d, &err);
+
+		if (r < 0 && !err.code)
+			ffs_error_errno(&err, -r, "branch %s cannot be written to the store",
+				ffs_branch_id(s->branch));
+		if (r < 0)
+			d->why = err;
+	}
+	if (d->why.code)
+		record_failure(d);
+	d->shot = NULL;
+	d->over = true;
+	one_less(d->fs);
+	/* with the reference that was ours */
+	ffs_reaper_push(s->fs->reaper, &s->settle_work);
+}
+
+bool ffs_durable_take_over(struct ffs_shot *s, enum ffs_branch_state state, const struct ffs_error *why)
+{
+	struct ffs_durable *d = s->durable;
+
+	if (!d || d->over)
+		return false;
+	d->shot = s;
+	d->work.fn = run_job;
+	if (state == FFS_BRANCH_FAILED)
+		d->why = *why;
+	/* a failure does not wait for others to be written */
+	ffs_pool_submit(state == FFS_BRANCH_FAILED ? d->fs->pool : d->fs->writers, &d->work);
+	return true;
+}
+
+char *ffs_durable_manifest(struct ffs_shot *s, size_t *len)
+{
+	struct ffs_stored *stored = s->durable && s->durable->over ? s->durable->stored : NULL;
+	size_t size = stored ? (size_t)ffs_stored_manifest_size(stored) : 0;
+	char *text = size ? malloc(size) : NULL;
+
+	if (text && ffs_stored_read_manifest(stored, text, size, 0) != (ssize_t)size) {
+		free(text);
+		return NULL;
+	}
+	*len = text ? size : 0;
+	return text;
+}
+
+struct ffs_shot *ffs_durable_successor(struct ffs_shot *s)
+{
+	struct ffs_durable *d = s->durable;
+	struct ffs_shot *next;
+
+	if (!d || !d->over)
+		return NULL;
+	if (d->why.code) {
+		s->state = FFS_BRANCH_FAILED;
+		s->failure = d->why;
+	}
+	next = ffs_shot_plain(s->sbx);
+	/* without memory for it the image goes on serving */
+	if (!next)
+		return NULL;
+	next->memory_size = s->memory_size;
+	next->vmstate_size = s->vmstate_size;
+	next->time_ns = s->time_ns;
+	next->state = s->state;
+	next->failure = s->failure;
+	next->stored = d->stored;
+	next->manifest_len = d->stored ? ffs_stored_manifest_size(d->stored) : 0;
+	d->stored = NULL;
+	return next;
+}
+
+/* ---- names
+ * ------------------------------------------------------------------------------------------------------------- */
+
+/* The draft of a branch that is not published yet; fs->names held. */
+static struct ffs_draft *draft_of(struct ffs_named *n, struct ffs_shot **ref)
+{
+	struct ffs_fs *fs = n->sbx->fs;
+	struct ffs_shot *s;
+
+	pthread_mutex_lock(&fs->lock);
+	s = n->shot ? ffs_shot_ref(n->shot) : NULL;
+	pthread_mutex_unlock(&fs->lock);
+	*ref = s;
+	return s && s->durable ? s->durable->draft : NULL;
+}
+
+int ffs_durable_remove(struct ffs_named *n, struct ffs_error *err)
+{
+	struct ffs_fs *fs = n->sbx->fs;
+	struct ffs_shot *s;
+	struct ffs_draft *draft = draft_of(n, &s);
+	int r = 0;
+
+	if (draft) {
+		atomic_store(&s->durable->progress.cancel, true);
+		ffs_draft_discard(draft);
+	} else if (fs->store && n->kind != FFS_STORE_MEMORY) {
+		r = ffs_store_remove(fs->store, n->sbx->name, n->name, err);
+		/* somebody removed it by hand: then it is as they want it */
+		if (r == -ENOENT)
+			r = 0;
+	}
+	if (s)
+		ffs_shot_unref(s);
+	return r;
+}
+
+int ffs_durable_rename(struct ffs_named *n, const char *to, struct ffs_error *err)
+{
+	struct ffs_fs *fs = n->sbx->fs;
+	struct ffs_shot *s;
+	struct ffs_draft *draft = draft_of(n, &s);
+	int r = 0;
+
+	if (draft)
+		r = ffs_draft_rename(draft, to, err);
+	else if (fs->store && n->kind != FFS_STORE_MEMORY)
+		r = ffs_store_rename(fs->store, n->sbx->name, n->name, to, err);
+	if (s)
+		ffs_shot_unref(s);
+	return r;
+}
+
+struct reap {
+	struct ffs_work work;
+	struct ffs_fs *fs;
+	char sandbox[80];
+};
+
+static void run_reap(struct ffs_work *w)
+{
+	struct reap *r = ffs_container(w, struct reap, work);
+	struct ffs_error err = {0};
+
+	if (ffs_store_reap(r->fs->store, r->sandbox, &err) < 0)
+		ffs_log(FFS_LOG_WARN, "%s", err.text);
+	free(r);
+}
+
+void ffs_durable_reap(struct ffs_sbx *sbx)
+{
+	struct reap *r = sbx->fs->store ? calloc(1, sizeof(*r)) : NULL;
+
+	/* without memory for the job the next daemon does it */
+	if (!r)
+		return;
+	r->work.fn = run_reap;
+	r->fs = sbx->fs;
+	snprintf(r->sandbox, sizeof(r->sandbox), "%s", sbx->name);
+	ffs_pool_submit(sbx->fs->pool, &r->work);
+}
+
+/* ---- status
+ * ------------------------------------------------------------------------------------------------------------ */
+
+/* The members of the manifest that a status has too. */
+static void add_from_manifest(struct ffs_stored *stored, struct json_object *o)
+{
+	static const char *const keys[] = {"id", "instant", "mode", "pause_ns", "phases", "faults",
+		"converge_rounds", "dirty_at_pause_pages", "torn_possible", "disks", "parent", NULL};
+	struct json_object *m = NULL, *v;
+
+	if (ffs_stored_manifest(stored, &m, NULL) < 0)
+		return;
+	for (const char *const *k = keys; *k; k++)
+		if (json_object_object_get_ex(m, *k, &v))
+			json_object_object_add(o, *k, json_object_get(v));
+	json_object_put(m);
+}
+
+void ffs_durable_status(struct ffs_shot *s, struct json_object *o)
+{
+	uint64_t all = 0, shared = 0;
+
+	if (s->stored) {
+		add_from_manifest(s->stored, o);
+		ffs_stored_sizes(s->stored, &all, &shared);
+		json_object_object_add(
+			o, "store", json_object_new_string(ffs_store_kind_name(ffs_stored_kind(s->stored))));
+		json_object_object_add(o, "memory_bytes", json_object_new_uint64(s->memory_size));
+		json_object_object_add(o, "captured_bytes", json_object_new_uint64(s->memory_size));
+		json_object_object_add(o, "vmstate_bytes", json_object_new_uint64(s->vmstate_size));
+		json_object_object_add(o, "stored_bytes", json_object_new_uint64(s->memory_size));
+		json_object_object_add(o, "disk_bytes", json_object_new_uint64(all));
+		json_object_object_add(o, "disk_shared_bytes", json_object_new_uint64(shared));
+	} else if (s->durable) {
+		json_object_object_add(o, "store", json_object_new_string(ffs_store_kind_name(s->durable->kind)));
+		json_object_object_add(
+			o, "stored_bytes", json_object_new_uint64(atomic_load(&s->durable->progress.done)));
+	}
+}
+
+/* ---- the life of the store
+ * ----------------------------------------------------------------------------------------------- */
+
+static int adopt_disks(struct ffs_named *n, struct ffs_stored *stored)
+{
+	unsigned count = ffs_stored_disks(stored);
+
+	if (!count)
+		return 0;
+	n->disks = calloc(count, sizeof(*n->disks));
+	if (!n->disks)
+		return -ENOMEM;
+	for (; n->n_disks < count; n->n_disks++) {
+		snprintf(n->disks[n->n_disks].id, sizeof(n->disks[0].id), "%s",
+			ffs_stored_disk_id(stored, n->n_disks));
+		n->disks[n->n_disks].size = ffs_stored_disk_size(stored, n->n_disks);
+	}
+	return 0;
+}
+
+static int adopt(void *arg, const char *sandbox, const char *name, enum ffs_store_entry entry)
+{
+	struct ffs_fs *fs = arg;
+	struct ffs_sbx *sbx = ffs_tree_find(fs, sandbox);
+	struct ffs_stored *stored = NULL;
+	struct ffs_error why = {0};
+	struct ffs_named *n;
+	struct ffs_shot *s;
+	bool made = !sbx;
+	int r = -ENOMEM;
+
+	if (entry == FFS_STORE_ENTRY_BRANCH)
+		ffs_stored_open(fs->store, sandbox, name, &stored, &why);
+	else if (ffs_store_failure(fs->store, sandbox, name, &why) < 0)
+		ffs_error_set(&why, EIO, "the branch failed; the record of its reason cannot be read");
+	if (made)
+		sbx = ffs_sbx_new(fs, sandbox);
+	n = sbx ? ffs_named_find(sbx, name) : NULL;
+	s = n ? n->shot : sbx ? ffs_shot_plain(sbx) : NULL;
+	if (s && !n && (n = ffs_named_new(sbx, name)))
+		ffs_named_unref(n); /* the list has the other */
+	if (!s || !n)
+		goto out;
+	r = 0;
+	/* a branch and the record of an earlier failure: the branch it is */
+	if (s->stored)
+		goto out;
+	n->kind = stored ? ffs_stored_kind(stored) : FFS_STORE_DENSE;
+	s->stored = stored;
+	s->state = stored ? FFS_BRANCH_READY : FFS_BRANCH_FAILED;
+	s->failure = why;
+	if (stored) {
+		r = adopt_disks(n, stored);
+		n->memory_size = s->memory_size = ffs_stored_memory_size(stored);
+		n->vmstate_size = s->vmstate_size = ffs_stored_vmstate_size(stored);
+		n->time_ns = s->time_ns = ffs_stored_time_ns(stored);
+		s->manifest_len = ffs_stored_manifest_size(stored);
+		if (n->time_ns >= sbx->adopted_ns &&
+			ffs_stored_owner(stored, &sbx->uid, &sbx->gid, &sbx->writable))
+			sbx->adopted_ns = n->time_ns;
+		stored = NULL;
+	} else {
+		ffs_log(FFS_LOG_WARN, "store: branch %s/%s: %s", sandbox, name, why.text);
+	}
+	s->named = n;
+	n->shot = s;
+	if (made)
+		ffs_tree_add(fs, sbx);
+out:
+	ffs_stored_unref(stored);
+	if (made && sbx)
+		ffs_sbx_unref(sbx);
+	return r;
+}
+
+/* A branch of the store has a descriptor or more. */
+static void raise_file_limit(void)
+{
+	struct rlimit r;
+
+	if (getrlimit(RLIMIT_NOFILE, &r) == 0 && r.rlim_cur < r.rlim_max) {
+		r.rlim_cur = r.rlim_max;
+		if (setrlimit(RLIMIT_NOFILE, &r) < 0)
+			ffs_log(FFS_LOG_INFO, "the limit of open files stays: errno %d", errno);
+	}
+}
+
+int ffs_durable_open(struct ffs_fs *fs, struct ffs_error *err)
+{
+	int r;
+
+	pthread_mutex_init(&fs->names, NULL);
+	pthread_cond_init(&fs->durable_idle, NULL);
+	if (!fs->opt.store[0])
+		return 0;
+	raise_file_limit();
+	r = ffs_store_open(fs->opt.store, &fs->store, err);
+	if (!r)
+		r = ffs_store_recover(fs->store, err);
+	if (!r) {
+		r = ffs_store_each(fs->store, NULL, adopt, fs, err);
+		if (r == -ENOMEM)
+			ffs_error_set(err, ENOMEM, "no memory for the branches of the store %s", fs->opt.store);
+	}
+	if (r < 0)
+		return r;
+	atomic_store(&fs->store_pass, true);
+	return 0;
+}
+
+void ffs_durable_drain(struct ffs_fs *fs)
+{
+	pthread_mutex_lock(&fs->lock);
+	while (fs->n_durable)
+		pthread_cond_wait(&fs->durable_idle, &fs->lock);
+	pthread_mutex_unlock(&fs->lock);
+}
+
+void ffs_durable_close(struct ffs_fs *fs)
+{
+	ffs_store_close(fs->store);
+	fs->store = NULL;
+}
