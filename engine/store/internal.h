@@ -176,7 +176,8 @@ int ffs_packer_put(struct ffs_packer *p, const unsigned char *buf, size_t len, b
 int ffs_packer_finish(struct ffs_packer *p, struct ffs_error *err);
 void ffs_packer_free(struct ffs_packer *p);
 
-/* Decode one chunk: `stored` bytes of `in` into `len` bytes of `out`, and compare its hash. False: damaged. */
+/* Decode one chunk: `stored` bytes of `in` into `len` bytes of `out`, and compare its hash (NULL: whoever called
+ * compares the bytes). False: damaged. */
 bool ffs_chunk_decode(enum ffs_chunk_kind kind, const void *in, uint32_t stored, void *out, uint32_t len,
 	const struct ffs_hash *hash);
 
@@ -212,9 +213,17 @@ struct ffs_stored {
 /* Open index and packs; idempotent. */
 int ffs_packed_open(struct ffs_stored *s, struct ffs_error *err);
 ssize_t ffs_packed_read(struct ffs_stored *s, void *buf, size_t len, uint64_t off, struct ffs_error *err);
-/* One whole chunk into `out`. */
-int ffs_packed_chunk(struct ffs_stored *s, uint64_t chunk, void *out, struct ffs_error *err);
+/* One whole chunk into `out`; checked: against its hash. */
+int ffs_packed_chunk(struct ffs_stored *s, uint64_t chunk, bool checked, void *out, struct ffs_error *err);
 void ffs_packed_close(struct ffs_stored *s);
+
+/* ---- verify.c
+ * ----------------------------------------------------------------------------------------------------------- */
+
+/* The manifest with all its hashes: -ENODATA when there are none, -EBADMSG when it is not whole. */
+int ffs_stored_load_hashes(struct ffs_stored *s, struct ffs_manifest *m, struct ffs_error *err);
+/* memory.bin, memory.idx or a pack: memory in one of its forms. */
+bool ffs_stored_is_memory_file(const struct ffs_file_entry *f);
 
 static inline bool ffs_progress_cancelled(const struct ffs_store_progress *p)
 {

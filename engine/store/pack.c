@@ -167,7 +167,7 @@ static void remember(struct ffs_packer *p, uint32_t ref)
 	p->table[i] = ref;
 }
 
-/* The bytes of an earlier chunk, into p->other. */
+/* The bytes of an earlier chunk, into p->other: to be compared, so their hash need not be. */
 static int read_other(struct ffs_packer *p, uint32_t ref, uint32_t len)
 {
 	uint32_t stored, offset, written = p->size - p->buffered;
@@ -176,7 +176,7 @@ static int read_other(struct ffs_packer *p, uint32_t ref, uint32_t len)
 	bool open;
 
 	if (ref >= p->x.n_chunks)
-		return ffs_packed_chunk(p->share, ref - p->x.n_chunks, p->other, NULL);
+		return ffs_packed_chunk(p->share, ref - p->x.n_chunks, false, p->other, NULL);
 	stored = p->x.stored[ref];
 	offset = p->x.offset[ref];
 	open = p->fd >= 0 && p->x.pack[ref] == p->number;
@@ -191,7 +191,7 @@ static int read_other(struct ffs_packer *p, uint32_t ref, uint32_t len)
 		memcpy(p->compressed, p->buf + (offset - written), stored);
 	else if (ffs_pread_full(open ? p->fd : fd, p->compressed, stored, offset) != (ssize_t)stored)
 		return -EIO;
-	return ffs_chunk_decode(p->x.kind[ref], p->compressed, stored, p->other, len, &p->x.hash[ref]) ? 0 : -EIO;
+	return ffs_chunk_decode(p->x.kind[ref], p->compressed, stored, p->other, len, NULL) ? 0 : -EIO;
 }
 
 /* Take a pack of the shared branch into our directory; its number, or REFUSED: a link count that is full, a file

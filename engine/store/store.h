@@ -180,3 +180,19 @@ ssize_t ffs_stored_read_disk(struct ffs_stored *s, const char *id, void *buf, si
 int ffs_stored_disk_fd(struct ffs_stored *s, const char *id);
 /* Of its directory, owned by `s`. */
 int ffs_stored_dirfd(const struct ffs_stored *s);
+/* ---- checking, moving, decoding
+ * --------------------------------------------------------------------------------------- */
+
+/* Read every byte of the branch and compare it with the manifest's hashes. -EBADMSG and a sentence that names the
+ * first wrong file and offset; -ENODATA when there are no hashes to compare with (a branch that is in memory only).
+ */
+int ffs_stored_verify(struct ffs_stored *s, struct ffs_store_progress *p, struct ffs_error *err);
+/* One stream of everything (docs/format.md), to a pipe or a file. */
+int ffs_stored_export(struct ffs_stored *s, int fd, struct ffs_store_progress *p, struct ffs_error *err);
+/* Read such a stream, check every hash on the way, publish what it holds as <sandbox>/<name>. `kind`:
+ * FFS_STORE_MEMORY keeps the stream's. */
+int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const char *name,
+	enum ffs_store_kind kind, struct ffs_store_progress *p, struct ffs_error *err);
+/* What the files of a branch's directory hold, as JSON: the packed index decoded, every file with its size;
+ * `chunks`: each chunk too. Opens damaged ones as far as they make sense. Owned by the caller. */
+int ffs_store_inspect(const char *path, bool chunks, struct json_object **out, struct ffs_error *err);

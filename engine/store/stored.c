@@ -165,7 +165,15 @@ int ffs_stored_open(struct ffs_store *st, const char *sandbox, const char *name,
 		path = NULL;
 		return ffs_error_set(err, ENOMEM, "no memory");
 	}
-	return open_at(st->fd, below, path, out, err);
+	int r = open_at(st->fd, below, path, out, err);
+
+	/* what a store has published is sealed: the checksum is damaged where there is none */
+	if (!r && !(*out)->sealed) {
+		ffs_stored_unref(*out);
+		*out = NULL;
+		r = ffs_error_set(err, EBADMSG, "%s/" FFS_MANIFEST " is damaged: its checksum is missing", path);
+	}
+	return r;
 }
 
 int ffs_stored_open_dir(const char *path, struct ffs_stored **out, struct ffs_error *err)

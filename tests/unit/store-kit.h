@@ -40,7 +40,7 @@ static inline void kit_open(struct kit *k)
 {
 	struct ffs_error err = {0};
 
-	snprintf(k->dir, sizeof(k->dir), "/tmp/forkfs-store-XXXXXX");
+	snprintf(k->dir, sizeof(k->dir), "/dev/shm/forkfs-store-XXXXXX");
 	assert_non_null(mkdtemp(k->dir));
 	snprintf(k->path, sizeof(k->path), "%s/st", k->dir);
 	assert_ok(ffs_store_open(k->path, &k->st, &err), err);
