@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -112,27 +113,54 @@ ffs_mask ffs_pages_mask(const struct ffs_pages_region *r, uint64_t cluster)
 	return (ffs_mask)((1u << pages) - 1);
 }
 
-static long futex(_Atomic uint32_t *word, int op, uint32_t val)
+/* A lock's word is what FUTEX_LOCK_PI wants: 0 or the holder's thread id, and a bit when somebody waits. */
+static uint32_t own_tid(void)
 {
-	return syscall(SYS_futex, word, op | FUTEX_PRIVATE_FLAG, val, NULL, NULL, 0);
+	static _Thread_local uint32_t tid;
+
+	if (!tid)
+		tid = (uint32_t)syscall(SYS_gettid);
+	return tid;
+}
+
+static long futex(_Atomic uint32_t *word, int op)
+{
+	return syscall(SYS_futex, word, op | FUTEX_PRIVATE_FLAG, 0, NULL, NULL, 0);
 }
 
 void ffs_cluster_lock(struct ffs_pages_region *r, uint64_t cluster)
 {
 	_Atomic uint32_t *word = &r->lock[cluster];
-	uint32_t seen = 0;
+	uint32_t self = own_tid();
 
-	if (atomic_compare_exchange_strong_explicit(
-		    word, &seen, 1, memory_order_acquire, memory_order_relaxed))
-		return;
-	while (atomic_exchange_explicit(word, 2, memory_order_acquire) != 0)
-		futex(word, FUTEX_WAIT, 2); /* EAGAIN, EINTR: look again */
+	for (;;) {
+		uint32_t seen = 0;
+
+		if (atomic_compare_exchange_strong_explicit(
+			    word, &seen, self, memory_order_acquire, memory_order_relaxed))
+			return;
+		if (futex(word, FUTEX_LOCK_PI) == 0) {
+			/* the kernel wrote it: take over what the holder before released */
+			(void)atomic_load_explicit(word, memory_order_acquire);
+			return;
+		}
+		if (errno == ENOSYS) /* a kernel without: nobody ever waits in it then */
+			sched_yield();
+	}
 }
 
 void ffs_cluster_unlock(struct ffs_pages_region *r, uint64_t cluster)
 {
-	if (atomic_exchange_explicit(&r->lock[cluster], 0, memory_order_release) == 2)
-		futex(&r->lock[cluster], FUTEX_WAKE, 1);
+	_Atomic uint32_t *word = &r->lock[cluster];
+	uint32_t seen = own_tid();
+
+	if (atomic_compare_exchange_strong_explicit(
+		    word, &seen, 0, memory_order_release, memory_order_relaxed))
+		return;
+	/* somebody waits: the kernel hands it to the most urgent of them */
+	atomic_fetch_or_explicit(word, FUTEX_WAITERS, memory_order_release);
+	while (futex(word, FUTEX_UNLOCK_PI) < 0 && errno == EAGAIN)
+		continue; /* a waiter is on its way in or out */
 }
 
 static uint64_t slice_end(const struct ffs_pages_region *r, uint64_t slice)

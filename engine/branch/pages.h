@@ -38,7 +38,7 @@ struct ffs_pages_region {
 	uint64_t page_size, cluster_bytes, slice_bytes;
 	uint64_t n_clusters, n_slices;
 	unsigned clusters_per_slice;
-	_Atomic uint32_t *lock; /* per cluster: 0 free, 1 held, 2 held and waited for */
+	_Atomic uint32_t *lock; /* per cluster: 0, or the holder's thread id (FUTEX_LOCK_PI) */
 	ffs_mask *writable;     /* per cluster, under its lock */
 	_Atomic uint8_t *dirty; /* per slice: has writable pages, or is about to; set under a cluster's lock,
 				   cleared under all of the slice's */
@@ -64,8 +64,9 @@ void ffs_pages_slice(const struct ffs_pages *p, uint64_t number, unsigned *regio
 ffs_mask ffs_pages_mask(const struct ffs_pages_region *r, uint64_t cluster);
 uint64_t ffs_pages_bytes(const struct ffs_pages_region *r, uint64_t cluster);
 
-/* A cluster's lock: a futex, because its holder may be preempted by the very vCPU that waits. Ascending order
- * where several are held. */
+/* A cluster's lock. Its holder, a copier or a sweep, may be preempted just when the fault handler, and a vCPU
+ * behind it, wants the lock: so it is a futex with priority inheritance, and the holder gets the handler's
+ * real-time priority until it lets go. Ascending order where several are held. */
 void ffs_cluster_lock(struct ffs_pages_region *r, uint64_t cluster);
 void ffs_cluster_unlock(struct ffs_pages_region *r, uint64_t cluster);
 void ffs_slice_lock(struct ffs_pages_region *r, uint64_t slice);
