@@ -153,7 +153,8 @@ uint64_t ffs_branch_memory_size(const struct ffs_branch *b);
  * (short only at the end), or -EIO when the branch failed, in which case nothing that was returned before was
  * wrong. Any number of threads. Waits at most for one page copy of another thread. */
 ssize_t ffs_branch_read_memory(struct ffs_branch *b, void *buf, size_t len, uint64_t off);
-/* The memory image, dense offsets, once READY: a memfd sealed against writing, growing, shrinking. Owned by
+/* The memory image, dense offsets, once READY: a read-only descriptor of a file in memory that nobody can open
+ * for writing (EROFS), or of a sealed memfd where there is no privilege to mount (engine/branch/image.c). Owned by
  * the branch, valid as long as it. -EAGAIN while WRITING, -EIO when FAILED. Holes of it are zero pages. */
 int ffs_branch_memory_fd(struct ffs_branch *b);
 

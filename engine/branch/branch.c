@@ -40,7 +40,7 @@ struct ffs_branch *ffs_branch_new(
 	ffs_cond_init(&b->settled);
 	ffs_cond_init(&b->watch_done);
 	atomic_init(&b->state, FFS_BRANCH_WRITING);
-	b->image.fd = -1;
+	ffs_image_init(&b->image);
 	b->vmstate_fd = -1;
 	ffs_uuid(b->id);
 	snprintf(b->sandbox, sizeof(b->sandbox), "%s", sb->name);
@@ -53,7 +53,8 @@ struct ffs_branch *ffs_branch_new(
 		const struct ffs_pages_region *r = &t->pages->r[i];
 
 		b->need[i] = calloc(r->n_clusters, sizeof(*b->need[i]));
-		if (!b->need[i]) {
+		b->zeros[i] = calloc(r->n_slices, sizeof(*b->zeros[i]));
+		if (!b->need[i] || !b->zeros[i]) {
 			ffs_error_set(err, ENOMEM, "out of memory for a branch of %s", sb->name);
 			ffs_branch_put(b);
 			return NULL;
@@ -99,8 +100,10 @@ void ffs_branch_put(struct ffs_branch *b)
 {
 	if (atomic_fetch_sub_explicit(&b->refs, 1, memory_order_acq_rel) != 1)
 		return;
-	for (unsigned i = 0; i < FFS_MAX_REGIONS; i++)
+	for (unsigned i = 0; i < FFS_MAX_REGIONS; i++) {
 		free((void *)b->need[i]);
+		free((void *)b->zeros[i]);
+	}
 	ffs_image_close(&b->image);
 	if (b->budget)
 		ffs_budget_release(b->budget, b->memory_reserved, b->memory_taken);
@@ -350,21 +353,15 @@ static int capture_range(struct ffs_branch *b, uint64_t off, uint64_t len)
 		uint64_t from = off > r->offset ? off - r->offset : 0;
 		uint64_t to = off + len - r->offset < r->size ? off + len - r->offset : r->size;
 
-		for (uint64_t c = from / r->cluster_bytes; c * r->cluster_bytes < to; c++) {
-			if (!atomic_load_explicit(&b->need[i][c], memory_order_acquire))
-				continue;
-			if (!buf && !(buf = malloc(t->pages->cluster_max)))
-				return -ENOMEM;
-			ffs_cluster_lock(r, c);
-			/* under the lock: whoever lost the race waited for the winner, and finds the bit
-			 * cleared */
-			if (atomic_load_explicit(&b->need[i][c], memory_order_acquire))
-				ffs_tracker_capture_locked(t, i, c, buf);
-			bool missing = atomic_load_explicit(&b->need[i][c], memory_order_acquire) != 0;
+		uint64_t c = from / r->cluster_bytes, end = (to + r->cluster_bytes - 1) / r->cluster_bytes;
+		unsigned n;
 
-			ffs_cluster_unlock(r, c);
-			if (missing)
-				return -EIO; /* the branch failed: nothing of it may be read any more */
+		for (; (n = ffs_tracker_needed(t, b, i, &c, end)) > 0; c += n) {
+			if (!buf && !(buf = malloc(t->pages->copy_max)))
+				return -ENOMEM;
+			ffs_tracker_capture(t, i, c, n, buf);
+			if (ffs_branch_failed(b))
+				return -EIO; /* nothing of it may be read any more */
 		}
 	}
 	return 0;

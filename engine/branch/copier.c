@@ -1,8 +1,9 @@
 /* Owns the copier threads of a tracker: they fill the images of the branches in flight, settle them, and let
  * the guest's memory go when no branch needs it any more.
  *
- * Locks: t->lock for the queue; never held while copying or in an ioctl. A cluster lock while one cluster is
- * copied, a slice's locks while it is made writable again. A copier never waits for the fault handler. */
+ * Locks: t->lock for the queue; never held while copying or in an ioctl. The locks of a few clusters while
+ * they are copied, a slice's locks while it is made writable again. A copier never waits for the fault
+ * handler. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -167,6 +168,33 @@ void ffs_copier_hold(struct ffs_tracker *t, bool on)
 	pthread_mutex_unlock(&t->lock);
 }
 
+/* Is a large page of the image worth making for a slice? Not when faults have captured part of it in small
+ * ones, and not where guest memory is empty, of which samples tell: zero pages become holes again, but that
+ * costs more than it gained. */
+static bool wants_large(
+	struct ffs_tracker *t, struct ffs_branch *b, unsigned region, uint64_t slice, char *buf)
+{
+	const struct ffs_pages_region *r = &t->pages->r[region];
+	uint64_t first = slice * r->clusters_per_slice;
+	unsigned empty = 0;
+
+	if (r->slice_bytes != FFS_IMAGE_LARGE || r->clusters_per_slice == 1 ||
+		first + r->clusters_per_slice > r->n_clusters)
+		return false;
+	for (uint64_t c = first; c < first + r->clusters_per_slice; c++) {
+		bool zero = false;
+
+		if (atomic_load_explicit(&b->need[region][c], memory_order_relaxed) != ffs_pages_mask(r, c))
+			return false;
+		if ((c - first) % r->clusters_per_copy)
+			continue;
+		if (ffs_memory_read(t->memory, region, c * r->cluster_bytes, buf, r->page_size, &zero) < 0)
+			return false; /* capturing it will say why */
+		empty += zero || ffs_is_zero(buf, r->page_size);
+	}
+	return empty <= r->clusters_per_slice / r->clusters_per_copy / 4;
+}
+
 static void copy_slice(struct ffs_tracker *t, struct ffs_branch *b, uint64_t number, void *buf)
 {
 	unsigned region;
@@ -178,15 +206,22 @@ static void copy_slice(struct ffs_tracker *t, struct ffs_branch *b, uint64_t num
 
 	if (end > r->n_clusters)
 		end = r->n_clusters;
-	for (uint64_t c = slice * r->clusters_per_slice; c < end && !ffs_branch_failed(b); c++) {
-		if (!atomic_load_explicit(&b->need[region][c], memory_order_acquire))
-			continue;
+	uint64_t c = slice * r->clusters_per_slice;
+	unsigned n;
+	uint64_t at = r->offset + slice * r->slice_bytes;
+	bool large = wants_large(t, b, region, slice, buf) && ffs_image_populate(&b->image, at);
+
+	for (; !ffs_branch_failed(b) && (n = ffs_tracker_needed(t, b, region, &c, end)) > 0; c += n) {
 		if (atomic_load_explicit(&t->hold, memory_order_relaxed))
 			wait_out_pause(t);
-		ffs_cluster_lock(r, c);
-		if (atomic_load_explicit(&b->need[region][c], memory_order_acquire))
-			ffs_tracker_capture_locked(t, region, c, buf);
-		ffs_cluster_unlock(r, c);
+		ffs_tracker_capture(t, region, c, n, buf);
+	}
+	if (large && !ffs_branch_failed(b) &&
+		atomic_load_explicit(&b->zeros[region][slice], memory_order_relaxed)) {
+		int e = ffs_image_trim(&b->image, at, buf);
+
+		if (e < 0)
+			ffs_branch_fail(b, -e, "cannot trim the image of a branch of %s", b->sandbox);
 	}
 	if (!ffs_branch_failed(b))
 		open_slice(t, region, slice);
@@ -284,7 +319,7 @@ static void fail_all(struct ffs_tracker *t)
 void *ffs_copier_main(void *arg)
 {
 	struct ffs_tracker *t = arg;
-	void *buf = malloc(t->pages->cluster_max);
+	void *buf = malloc(t->pages->copy_max > FFS_IMAGE_LARGE ? t->pages->copy_max : FFS_IMAGE_LARGE);
 
 	prctl(PR_SET_NAME, "forkfs-copier");
 	pthread_mutex_lock(&t->lock);

@@ -122,6 +122,7 @@ struct ffs_branch {
 	unsigned slot;
 	_Atomic ffs_mask *need[FFS_MAX_REGIONS]; /* per cluster; cleared under its lock, after the image has
 						    the bytes */
+	_Atomic uint8_t *zeros[FFS_MAX_REGIONS]; /* per slice: zero pages were captured */
 	_Atomic uint64_t remaining;              /* bytes not in the image yet */
 	_Atomic uint64_t next_slice, slices_done;
 	_Atomic uint64_t faults, fault_max_ns, latency[FFS_LATENCY_BUCKETS];
@@ -192,10 +193,19 @@ void ffs_slot_put(struct ffs_slot *s);
 /* Take a branch out of its slot and wait for those who work on it. Never from a thread that holds a slot. */
 void ffs_slot_clear(struct ffs_slot *s);
 
-/* With the cluster's lock held: copy what any branch in flight still needs of it into every image that needs
- * it. Branches whose image cannot be written fail, alone. `buf`: pages->cluster_max bytes. True when every
- * page of the cluster is now needed by nobody. */
-bool ffs_tracker_capture_locked(struct ffs_tracker *t, unsigned region, uint64_t cluster, void *buf);
+/* With the locks of `n` clusters from `cluster` on held: copy what any branch in flight still needs of them
+ * into every image that needs it. Branches whose image cannot be written fail, alone; of a branch that has
+ * not failed nothing is missing afterwards. `buf`: pages->copy_max bytes; n at most the region's
+ * clusters_per_copy. */
+void ffs_tracker_capture_locked(
+	struct ffs_tracker *t, unsigned region, uint64_t cluster, unsigned n, void *buf);
+/* The same, and takes the locks. Whoever lost the race for a cluster waits for the winner and finds nothing
+ * to do. */
+void ffs_tracker_capture(struct ffs_tracker *t, unsigned region, uint64_t cluster, unsigned n, void *buf);
+/* Move *cluster to the next one before `end` that the branch needs pages of: how many it is worth capturing
+ * at once from there on, 0: none is left. */
+unsigned ffs_tracker_needed(const struct ffs_tracker *t, const struct ffs_branch *b, unsigned region,
+	uint64_t *cluster, uint64_t end);
 
 /* ---- obtain.c ---- */
 /* A userfaultfd of the VMM's address space with the features that branches need: injected, or what the VMM

@@ -45,6 +45,8 @@ struct ffs_pages *ffs_pages_new(const struct ffs_geometry *geo)
 			g->page_size > 65536 ? g->page_size : (uint64_t)FFS_CLUSTER_PAGES * g->page_size;
 		r->slice_bytes = r->cluster_bytes > FFS_SLICE_BYTES ? r->cluster_bytes : FFS_SLICE_BYTES;
 		r->clusters_per_slice = (unsigned)(r->slice_bytes / r->cluster_bytes);
+		r->clusters_per_copy =
+			r->cluster_bytes < FFS_COPY_BYTES ? (unsigned)(FFS_COPY_BYTES / r->cluster_bytes) : 1;
 		r->n_clusters = (r->size + r->cluster_bytes - 1) / r->cluster_bytes;
 		r->n_slices = (r->size + r->slice_bytes - 1) / r->slice_bytes;
 		r->lock = array(r->n_clusters, sizeof(*r->lock));
@@ -57,8 +59,8 @@ struct ffs_pages *ffs_pages_new(const struct ffs_geometry *geo)
 		for (uint64_t s = 0; s < r->n_slices; s++)
 			ffs_pages_mark_writable(r, s);
 		p->n_slices += r->n_slices;
-		if (r->cluster_bytes > p->cluster_max)
-			p->cluster_max = r->cluster_bytes;
+		if (r->cluster_bytes * r->clusters_per_copy > p->copy_max)
+			p->copy_max = r->cluster_bytes * r->clusters_per_copy;
 	}
 	return p;
 }
@@ -168,6 +170,18 @@ static uint64_t slice_end(const struct ffs_pages_region *r, uint64_t slice)
 	uint64_t end = (slice + 1) * r->clusters_per_slice;
 
 	return end < r->n_clusters ? end : r->n_clusters;
+}
+
+void ffs_clusters_lock(struct ffs_pages_region *r, uint64_t first, unsigned n)
+{
+	for (uint64_t c = first; c < first + n; c++)
+		ffs_cluster_lock(r, c);
+}
+
+void ffs_clusters_unlock(struct ffs_pages_region *r, uint64_t first, unsigned n)
+{
+	for (uint64_t c = first; c < first + n; c++)
+		ffs_cluster_unlock(r, c);
 }
 
 void ffs_slice_lock(struct ffs_pages_region *r, uint64_t slice)

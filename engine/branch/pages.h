@@ -29,6 +29,8 @@
 #include "vmm/vmm.h"
 
 #define FFS_CLUSTER_PAGES 16u
+#define FFS_COPY_BYTES                                                                                       \
+	(256u << 10) /* at once by copiers and readers: a large page of the image, some 50 µs */
 #define FFS_SLICE_BYTES (2u << 20)
 
 typedef uint16_t ffs_mask; /* a bit per page of a cluster */
@@ -37,7 +39,7 @@ struct ffs_pages_region {
 	uint64_t hva, size, offset; /* as in struct ffs_region */
 	uint64_t page_size, cluster_bytes, slice_bytes;
 	uint64_t n_clusters, n_slices;
-	unsigned clusters_per_slice;
+	unsigned clusters_per_slice, clusters_per_copy;
 	_Atomic uint32_t *lock; /* per cluster: 0, or the holder's thread id (FUTEX_LOCK_PI) */
 	ffs_mask *writable;     /* per cluster, under its lock */
 	_Atomic uint8_t *dirty; /* per slice: has writable pages, or is about to; set under a cluster's lock,
@@ -46,8 +48,8 @@ struct ffs_pages_region {
 
 struct ffs_pages {
 	unsigned n;
-	uint64_t n_slices;    /* of all regions */
-	uint64_t cluster_max; /* bytes of the largest cluster: the size of a copy buffer */
+	uint64_t n_slices; /* of all regions */
+	uint64_t copy_max; /* the size of a copy buffer */
 	struct ffs_pages_region r[];
 };
 
@@ -69,6 +71,8 @@ uint64_t ffs_pages_bytes(const struct ffs_pages_region *r, uint64_t cluster);
  * real-time priority until it lets go. Ascending order where several are held. */
 void ffs_cluster_lock(struct ffs_pages_region *r, uint64_t cluster);
 void ffs_cluster_unlock(struct ffs_pages_region *r, uint64_t cluster);
+void ffs_clusters_lock(struct ffs_pages_region *r, uint64_t first, unsigned n);
+void ffs_clusters_unlock(struct ffs_pages_region *r, uint64_t first, unsigned n);
 void ffs_slice_lock(struct ffs_pages_region *r, uint64_t slice);
 void ffs_slice_unlock(struct ffs_pages_region *r, uint64_t slice);
 

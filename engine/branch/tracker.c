@@ -27,6 +27,7 @@
 #include "uffd/uffd.h"
 
 #define BATCH 64
+#define DOUBT_BYTES (16ull << 20)
 
 /* ---- slots ---- */
 
@@ -61,94 +62,175 @@ void ffs_slot_clear(struct ffs_slot *s)
 
 /* ---- copying a cluster ---- */
 
-/* Write the pages of `mask` that are not zero, in runs. The image has holes for the others. */
-static int store_pages(
-	struct ffs_branch *b, const struct ffs_pages_region *r, uint64_t off, const char *buf, ffs_mask mask)
+/* Some clusters in a row, all locked by the caller. */
+struct span {
+	struct ffs_pages_region *r;
+	unsigned region, n;
+	uint64_t first;
+};
+
+/* The pages of a cluster of the span that a branch needs. Constant while its lock is held, but for our own
+ * clearing. */
+static ffs_mask needs(const struct span *s, const struct ffs_branch *b, unsigned i)
 {
-	unsigned n = (unsigned)(r->cluster_bytes / r->page_size);
+	return atomic_load_explicit(&b->need[s->region][s->first + i], memory_order_relaxed);
+}
+
+/* In a large page of the image they are no holes yet (copier.c). */
+static void note_zero(struct ffs_branch *b, const struct span *s)
+{
+	atomic_store_explicit(
+		&b->zeros[s->region][s->first / s->r->clusters_per_slice], 1, memory_order_relaxed);
+}
+
+/* Write the pages that the branch needs and that are not zero, in runs as long as possible: the image gets
+ * large pages then. It has holes for the others. */
+static int store_pages(struct ffs_branch *b, const struct span *s, const char *buf)
+{
+	const struct ffs_pages_region *r = s->r;
+	uint64_t off = r->offset + s->first * r->cluster_bytes;
+	unsigned per = (unsigned)(r->cluster_bytes / r->page_size), n = s->n * per;
+	bool any_zero = false;
 
 	for (unsigned i = 0; i < n;) {
 		unsigned j = i;
+		bool zero = false;
 
-		while (j < n && (mask & (1u << j)) && !ffs_is_zero(buf + j * r->page_size, r->page_size))
+		while (j < n && (needs(s, b, j / per) & (1u << j % per)) &&
+			!(zero = ffs_is_zero(buf + j * r->page_size, r->page_size)))
 			j++;
+		any_zero |= zero;
 		if (j > i) {
 			int e = ffs_image_write(&b->image, buf + i * r->page_size, (j - i) * r->page_size,
-				r->offset + off + i * r->page_size);
+				off + i * r->page_size);
 
 			if (e < 0)
 				return e;
 		}
 		i = j > i ? j : i + 1;
 	}
+	if (any_zero)
+		note_zero(b, s);
 	return 0;
 }
 
-bool ffs_tracker_capture_locked(struct ffs_tracker *t, unsigned region, uint64_t cluster, void *buf)
+static void set_captured(struct ffs_branch *b, const struct span *s)
 {
-	struct ffs_pages_region *r = &t->pages->r[region];
-	struct ffs_branch *want[FFS_SLOTS];
-	ffs_mask mask[FFS_SLOTS], all = 0;
-	uint64_t off = cluster * r->cluster_bytes;
-	bool zero = false;
-	int e = 0;
+	uint64_t pages = 0;
 
-	for (unsigned i = 0; i < FFS_SLOTS; i++) {
-		want[i] = ffs_slot_get(&t->slots[i]);
-		if (!want[i])
-			continue;
-		mask[i] = atomic_load_explicit(&want[i]->need[region][cluster], memory_order_relaxed);
-		if (!mask[i] || ffs_branch_failed(want[i])) {
-			ffs_slot_put(&t->slots[i]);
-			want[i] = NULL;
-			continue;
-		}
-		all |= mask[i];
+	for (unsigned i = 0; i < s->n; i++) {
+		pages += (unsigned)__builtin_popcount(needs(s, b, i));
+		atomic_store_explicit(&b->need[s->region][s->first + i], 0, memory_order_release);
 	}
-	if (!all)
-		return true;
+	atomic_fetch_sub_explicit(&b->remaining, pages * s->r->page_size, memory_order_relaxed);
+}
+
+/* What was read, or failed to be, for one of the branches that wait for it. */
+static void deliver(struct ffs_tracker *t, struct ffs_branch *b, const struct span *s, const char *buf,
+	int error, bool zero, bool revoked)
+{
+	int w = 0;
+
+	if (revoked)
+		ffs_branch_fail(b, ETIMEDOUT,
+			"the watchdog let the guest of %s go: the daemon did not serve its writes for 500 ms",
+			b->sandbox);
+	else if (error < 0)
+		ffs_branch_fail(b, -error,
+			error == -ESRCH ? "the VMM of %s exited before its memory was captured"
+					: "cannot read the guest memory of %s",
+			b->sandbox);
+	else if (!zero && (w = store_pages(b, s, buf)) < 0)
+		ffs_branch_fail(b, -w, "cannot write the image of a branch of %s: %s", b->sandbox,
+			w == -ENOSPC || w == -ENOMEM ? "no memory left for it" : "error of its file system");
+	else {
+		if (zero)
+			note_zero(b, s);
+		set_captured(b, s);
+	}
+}
+
+void ffs_tracker_capture_locked(
+	struct ffs_tracker *t, unsigned region, uint64_t cluster, unsigned n, void *buf)
+{
+	const struct span s = {.r = &t->pages->r[region], .region = region, .n = n, .first = cluster};
+	struct ffs_branch *want[FFS_SLOTS];
+	unsigned per = (unsigned)(s.r->cluster_bytes / s.r->page_size);
+	unsigned first = n * per, end = 0; /* the pages from the first to the last that somebody needs */
+	bool zero = false;
+
+	for (unsigned k = 0; k < FFS_SLOTS; k++) {
+		want[k] = ffs_slot_get(&t->slots[k]);
+		if (!want[k])
+			continue;
+		bool wants = false;
+
+		for (unsigned i = 0; i < n && !ffs_branch_failed(want[k]); i++) {
+			ffs_mask m = needs(&s, want[k], i);
+
+			if (!m)
+				continue;
+			unsigned low = i * per + (unsigned)__builtin_ctz(m),
+				 high = i * per + 32 - (unsigned)__builtin_clz(m);
+
+			first = low < first ? low : first;
+			end = high > end ? high : end;
+			wants = true;
+		}
+		if (!wants) {
+			ffs_slot_put(&t->slots[k]);
+			want[k] = NULL;
+		}
+	}
+	if (!end)
+		return;
 	/* A page that somebody needs has not been written since that branch's instant, nor since any later
 	 * one: one copy is right for every branch that needs it. */
-	unsigned first = (unsigned)__builtin_ctz(all), last = 31 - (unsigned)__builtin_clz(all);
+	int e = 0;
 
-	e = FFS_FAULT("guest-read");
+	for (unsigned i = 0; i < n && e == 0; i++)
+		e = FFS_FAULT("guest-read"); /* tests reckon in clusters */
 	if (e == 0)
-		e = ffs_memory_read(t->memory, region, off + first * r->page_size,
-			(char *)buf + first * r->page_size, (last - first + 1) * r->page_size, &zero);
+		e = ffs_memory_read(t->memory, region, cluster * s.r->cluster_bytes + first * s.r->page_size,
+			(char *)buf + first * s.r->page_size, (end - first) * s.r->page_size, &zero);
 	/* The watchdog sets `revoked` before it lets the guest write: unset after the copy means that the
 	 * copy is good. */
 	bool revoked = ffs_tracker_revoked(t);
 
-	for (unsigned i = 0; i < FFS_SLOTS; i++) {
-		struct ffs_branch *b = want[i];
-
-		if (!b)
+	for (unsigned k = 0; k < FFS_SLOTS; k++) {
+		if (!want[k])
 			continue;
-		int w = 0;
-
-		if (revoked)
-			ffs_branch_fail(b, ETIMEDOUT,
-				"the watchdog let the guest of %s go: the daemon did not serve its writes "
-				"for 500 ms",
-				b->sandbox);
-		else if (e < 0)
-			ffs_branch_fail(b, -e,
-				e == -ESRCH ? "the VMM of %s exited before its memory was captured"
-					    : "cannot read the guest memory of %s",
-				b->sandbox);
-		else if (!zero && (w = store_pages(b, r, off, buf, mask[i])) < 0)
-			ffs_branch_fail(b, -w, "cannot write the image of a branch of %s: %s", b->sandbox,
-				w == -ENOSPC || w == -ENOMEM ? "no memory left for it"
-							     : "error of the memfd");
-		else {
-			uint64_t bytes = (uint64_t)__builtin_popcount(mask[i]) * r->page_size;
-
-			atomic_store_explicit(&b->need[region][cluster], 0, memory_order_release);
-			atomic_fetch_sub_explicit(&b->remaining, bytes, memory_order_relaxed);
-		}
-		ffs_slot_put(&t->slots[i]);
+		deliver(t, want[k], &s, buf, e, zero, revoked);
+		ffs_slot_put(&t->slots[k]);
 	}
-	return true;
+}
+
+void ffs_tracker_capture(struct ffs_tracker *t, unsigned region, uint64_t cluster, unsigned n, void *buf)
+{
+	struct ffs_pages_region *r = &t->pages->r[region];
+
+	ffs_clusters_lock(r, cluster, n);
+	ffs_tracker_capture_locked(t, region, cluster, n, buf);
+	ffs_clusters_unlock(r, cluster, n);
+}
+
+unsigned ffs_tracker_needed(const struct ffs_tracker *t, const struct ffs_branch *b, unsigned region,
+	uint64_t *cluster, uint64_t end)
+{
+	const struct ffs_pages_region *r = &t->pages->r[region];
+	uint64_t c = *cluster;
+	unsigned n = 0;
+
+	while (c < end && !atomic_load_explicit(&b->need[region][c], memory_order_acquire))
+		c++;
+	*cluster = c;
+	/* not beyond a multiple of the unit: the image's large pages are aligned */
+	while (c + n < end && atomic_load_explicit(&b->need[region][c + n], memory_order_acquire)) {
+		n++;
+		if ((c + n) % r->clusters_per_copy == 0)
+			break;
+	}
+	return n;
 }
 
 /* ---- the fault handler ---- */
@@ -239,7 +321,7 @@ static void serve_fault(struct handler *h, uint64_t addr)
 	if (early)
 		e = ffs_uffd_unprotect(t->uffd, base, ffs_pages_bytes(r, cluster));
 	if (needed && !(FFS_MUTANT("late-page") && first_fault(t, region, cluster)))
-		ffs_tracker_capture_locked(t, region, cluster, h->buf);
+		ffs_tracker_capture_locked(t, region, cluster, 1, h->buf);
 	/* Only now, with the bytes in the images (or their branches failed), may the guest write. */
 	if (!early)
 		e = needed ? ffs_uffd_unprotect(t->uffd, base, ffs_pages_bytes(r, cluster))
@@ -261,22 +343,25 @@ static void fail_discarded(struct ffs_branch *b, const char *what)
 		b->sandbox, what);
 }
 
-/* Captured pages that are holes of the image were zero when they were copied: at the branch's instant, or
+/* Captured pages that are zero in the image were so when they were copied: at the branch's instant, or
  * because they had left the mapping already, some time before we heard of it (QEMU punches a memfd before its
  * madvise; munmap reports what is over). Nobody can tell which. */
 static void doubt_zero_pages(
-	struct ffs_tracker *t, const struct ffs_pages_region *r, uint64_t from, uint64_t to, const char *what)
+	struct handler *h, const struct ffs_pages_region *r, uint64_t from, uint64_t to, const char *what)
 {
+	struct ffs_tracker *t = h->t;
+
 	for (unsigned s = 0; s < FFS_SLOTS; s++) {
 		struct ffs_branch *b = ffs_slot_get(&t->slots[s]);
 
 		if (!b)
 			continue;
-		if (!ffs_branch_failed(b)) {
-			off_t hole = lseek(b->image.fd, (off_t)(r->offset + from), SEEK_HOLE);
+		for (uint64_t at = from; at < to && !ffs_branch_failed(b); at += DOUBT_BYTES) {
+			uint64_t len = to - at < DOUBT_BYTES ? to - at : DOUBT_BYTES;
 
-			if (hole >= 0 && (uint64_t)hole < r->offset + to)
+			if (ffs_image_any_zero(&b->image, r->offset + at, len, h->buf, t->pages->copy_max))
 				fail_discarded(b, what);
+			atomic_fetch_add(&t->wd->handler_seq, 2); /* gigabytes at once are no standstill */
 		}
 		ffs_slot_put(&t->slots[s]);
 	}
@@ -284,8 +369,10 @@ static void doubt_zero_pages(
 
 /* Pages left the mapping (balloon, MADV_DONTNEED, munmap, mremap): their old bytes are gone, the protection
  * of what comes back too. */
-static void serve_removal(struct ffs_tracker *t, uint64_t from, uint64_t to, const char *what)
+static void serve_removal(struct handler *h, uint64_t from, uint64_t to, const char *what)
 {
+	struct ffs_tracker *t = h->t;
+
 	atomic_fetch_add(&t->removes, 1);
 	for (unsigned i = 0; i < t->pages->n; i++) {
 		struct ffs_pages_region *r = &t->pages->r[i];
@@ -314,26 +401,24 @@ static void serve_removal(struct ffs_tracker *t, uint64_t from, uint64_t to, con
 			if (c % 1024 == 0) /* gigabytes at once are no standstill */
 				atomic_fetch_add(&t->wd->handler_seq, 2);
 		}
-		doubt_zero_pages(t, r, a, z, what);
+		doubt_zero_pages(h, r, a, z, what);
 	}
 }
 
 static void serve_event(struct handler *h, const struct uffd_msg *msg)
 {
-	struct ffs_tracker *t = h->t;
-
 	switch (msg->event) {
 	case UFFD_EVENT_PAGEFAULT:
 		serve_fault(h, msg->arg.pagefault.address);
 		break;
 	case UFFD_EVENT_REMOVE:
-		serve_removal(t, msg->arg.remove.start, msg->arg.remove.end, "MADV_DONTNEED or hole punch");
+		serve_removal(h, msg->arg.remove.start, msg->arg.remove.end, "MADV_DONTNEED or hole punch");
 		break;
 	case UFFD_EVENT_UNMAP:
-		serve_removal(t, msg->arg.remove.start, msg->arg.remove.end, "munmap or MAP_FIXED");
+		serve_removal(h, msg->arg.remove.start, msg->arg.remove.end, "munmap or MAP_FIXED");
 		break;
 	case UFFD_EVENT_REMAP:
-		serve_removal(t, msg->arg.remap.from, msg->arg.remap.from + msg->arg.remap.len, "mremap");
+		serve_removal(h, msg->arg.remap.from, msg->arg.remap.from + msg->arg.remap.len, "mremap");
 		break;
 	case UFFD_EVENT_FORK: /* not asked for; a child's uffd must not stay open */
 		close((int)msg->arg.fork.ufd);
@@ -448,14 +533,14 @@ int ffs_tracker_new(struct ffs_engine *engine, struct ffs_vmm *vmm, const struct
 		goto fail;
 	}
 	/* populated and locked before the first fault */
-	t->fault_buf = mmap(NULL, t->pages->cluster_max, PROT_READ | PROT_WRITE,
+	t->fault_buf = mmap(NULL, t->pages->copy_max, PROT_READ | PROT_WRITE,
 		MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	if (t->fault_buf == MAP_FAILED) {
 		t->fault_buf = NULL;
 		e = ffs_error_errno(err, errno, "cannot map the fault handler's buffer");
 		goto fail;
 	}
-	if (mlock(t->fault_buf, t->pages->cluster_max) < 0)
+	if (mlock(t->fault_buf, t->pages->copy_max) < 0)
 		ffs_log(FFS_LOG_INFO, "the fault handler's memory is not locked: raise RLIMIT_MEMLOCK");
 	e = ffs_memory_open(vmm->proc, geo, &t->memory, err);
 	if (e < 0)
@@ -550,7 +635,7 @@ void ffs_tracker_unref(struct ffs_tracker *t)
 	if (t->memory)
 		ffs_memory_close(t->memory);
 	if (t->fault_buf)
-		munmap(t->fault_buf, t->pages->cluster_max);
+		munmap(t->fault_buf, t->pages->copy_max);
 	ffs_pages_free(t->pages);
 	pthread_cond_destroy(&t->work);
 	pthread_cond_destroy(&t->changed);
