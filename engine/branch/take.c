@@ -14,7 +14,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <json-c/json.h>
-#include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -23,11 +22,9 @@
 #include "base/log.h"
 #include "branch/internal.h"
 #include "branch/sandbox.h"
+#include "branch/sweep.h"
 #include "uffd/uffd.h"
 
-#define CONVERGED_PAGES                                                                                      \
-	64u /* re-protecting these inside the pause costs less than another round does outside */
-#define CONVERGE_ROUNDS 8u
 #define RESUME_TRIES 5u
 
 struct take {
@@ -42,75 +39,31 @@ struct take {
 	bool permit; /* to be given back; else it is the branch's */
 };
 
-static int stop_asked(const struct take *k, struct ffs_error *err)
+static struct ffs_sweep sweep_of(const struct take *k)
 {
-	if (ffs_cancel_is_set(k->cancel))
-		return ffs_error_set(err, EINTR, "interrupted before the pause; the guest was not stopped");
-	if (ffs_now_ns() >= k->deadline_ns)
-		return ffs_error_set(err, EAGAIN,
-			"%s could not be write-protected in time; the guest was not stopped: take the branch "
-			"through %s/ctl, "
-			"which waits longer",
-			k->sb->name, k->sb->name);
-	return 0;
+	return (struct ffs_sweep){
+		.t = k->t, .sandbox = k->sb->name, .cancel = k->cancel, .deadline_ns = k->deadline_ns};
 }
 
-/* Protect every writable page once; *swept counts them. */
+static int stop_asked(const struct take *k, struct ffs_error *err)
+{
+	const struct ffs_sweep s = sweep_of(k);
+
+	return ffs_sweep_stop_asked(&s, err);
+}
+
 static int sweep(const struct take *k, bool paused, uint64_t *swept, struct ffs_error *err)
 {
-	struct ffs_pages *p = k->t->pages;
+	const struct ffs_sweep s = sweep_of(k);
 
-	*swept = 0;
-	for (unsigned i = 0; i < p->n; i++) {
-		struct ffs_pages_region *r = &p->r[i];
-
-		for (uint64_t s = 0; s < r->n_slices; s++) {
-			if (!atomic_load(&r->dirty[s])) /* after `taking`, or the slot, was set: pages.h */
-				continue;
-			int e;
-
-			while ((e = ffs_pages_sweep(r, k->t->uffd, s, swept)) == -EAGAIN) {
-				/* the VMM is unmapping something; over when our handler has read the event */
-				if (ffs_now_ns() >= k->deadline_ns)
-					return ffs_error_set(err, EAGAIN,
-						"the VMM of %s kept changing its mappings", k->sb->name);
-				sched_yield();
-			}
-			if (e == 0)
-				e = FFS_FAULT("protect");
-			if (e < 0)
-				return ffs_error_errno(
-					err, -e, "cannot write-protect guest memory of %s", k->sb->name);
-			if (paused)
-				atomic_fetch_add_explicit(&k->t->wd->pause_beat, 1, memory_order_relaxed);
-			else if ((e = stop_asked(k, err)) < 0)
-				return e;
-		}
-	}
-	return 0;
+	return ffs_sweep(&s, paused, swept, err);
 }
 
 static int prearm_and_converge(const struct take *k, struct ffs_error *err)
 {
-	struct ffs_phases *ph = &k->b->phases;
-	uint64_t start = ffs_now_ns(), swept, before;
-	int e = sweep(k, false, &swept, err);
+	const struct ffs_sweep s = sweep_of(k);
 
-	ph->prearm_ns = ffs_now_ns() - start;
-	before = swept;
-	/* what was written to the disks during the sweep; little, since they were flushed before it */
-	if (e == 0 && k->with_disks)
-		e = ffs_disks_flush(k->sb->disks, k->cancel, k->deadline_ns, &k->b->disks, err);
-	start = ffs_now_ns();
-	for (unsigned round = 0; e == 0 && k->was_running && round < CONVERGE_ROUNDS; round++) {
-		e = sweep(k, false, &swept, err);
-		ph->converge_rounds = round + 1;
-		if (swept <= CONVERGED_PAGES || swept > before / 4 * 3)
-			break;
-		before = swept;
-	}
-	ph->converge_ns = ffs_now_ns() - start;
-	return e;
+	return ffs_sweep_prearm(&s, k->was_running, &k->b->phases, err);
 }
 
 /* The instant. The slot is filled between two sweeps: the first leaves nothing writable; a write that comes
