@@ -50,6 +50,13 @@ struct ffs_engine_usage {
 };
 void ffs_engine_usage(struct ffs_engine *engine, struct ffs_engine_usage *out);
 
+/* Whether an image of so many bytes would be let in now. */
+bool ffs_engine_has_room(struct ffs_engine *engine, uint64_t bytes);
+/* How many images were freed so far, and waiting until there are more than `seen` or the deadline has come.
+ */
+uint64_t ffs_engine_frees(struct ffs_engine *engine);
+void ffs_engine_await_free(struct ffs_engine *engine, uint64_t seen, uint64_t deadline_ns);
+
 /* ---- cancellation
  * ---------------------------------------------------------------------------------------------- */
 
@@ -148,6 +155,8 @@ void ffs_branch_failure(struct ffs_branch *b, struct ffs_error *err);
 const char *ffs_branch_id(const struct ffs_branch *b);   /* UUID, 36 characters */
 uint64_t ffs_branch_time_ns(const struct ffs_branch *b); /* the instant, CLOCK_REALTIME */
 uint64_t ffs_branch_memory_size(const struct ffs_branch *b);
+/* What its image counts for in the budget: reserved, then taken. */
+uint64_t ffs_branch_image_bytes(struct ffs_branch *b);
 
 /* Read memory of the branch's instant. Pages not yet captured are captured by the call. Returns bytes read
  * (short only at the end), or -EIO when the branch failed, in which case nothing that was returned before was

@@ -16,6 +16,8 @@ struct ffs_request {
 	enum ffs_request_kind kind;
 	char name[80];     /* of the sandbox, or of the branch */
 	char *qemu, *coop; /* control sockets; at most one is given */
+	char *key;         /* of a cached branch, which has no name given */
+	bool cached;       /* the branch of the key was there */
 	pid_t pid;
 	bool track, wait, without_disks;
 	struct ffs_disk_name *disks; /* n_disks, their strings owned */

@@ -22,6 +22,7 @@
 #include "ctl.h"
 #include "durable.h"
 #include "events.h"
+#include "keyed.h"
 #include "mount.h"
 #include "named.h"
 #include "ops.h"
@@ -117,6 +118,7 @@ static uint64_t reaper_tick(void *arg)
 		check_exited(fs, s);
 		again = earlier(again, ffs_gen_sweep(s->gens, now, ffs_caller_alive, ffs_live_ended, NULL));
 	}
+	again = earlier(again, ffs_keyed_tick(fs, now));
 	if (fs->shutdown_at_ns && now >= fs->shutdown_at_ns)
 		d->stopping = true;
 	else
@@ -175,12 +177,14 @@ static int setup_fs(struct daemon *d, const struct ffs_mount_options *opt, struc
 	fs->sentences = ffs_sentences_new();
 	if (!fs->nodes || !fs->handles || !fs->events || !fs->sentences)
 		return ffs_error_set(err, ENOMEM, "no memory");
-	int r = ffs_engine_new(&fs->engine, err);
+	int r = ffs_keyed_init(fs, err);
 
+	if (!r)
+		r = ffs_engine_new(&fs->engine, err);
 	if (r < 0)
 		return r;
-	ffs_engine_limit(fs->engine,
-		&(struct ffs_engine_limits){.memory = opt->memory, .captures = opt->captures});
+	ffs_engine_limit(
+		fs->engine, &(struct ffs_engine_limits){.memory = opt->memory, .captures = opt->captures});
 	/* after the helpers were forked: they must not hold the store's lock */
 	return ffs_durable_open(fs, err);
 }
@@ -436,8 +440,8 @@ static int await_report(pid_t pid, int fd, struct ffs_error *err)
 	return rep.code ? ffs_error_set(err, rep.code, "%s", rep.text) : 0;
 }
 
-/* What the options say of the store, as the daemon needs it: with an absolute path that is not below the mount (it
- * would be hidden, and we would wait for ourselves). */
+/* What the options say of the store, as the daemon needs it: with an absolute path that is not below the
+ * mount (it would be hidden, and we would wait for ourselves). */
 static int resolve_store(struct ffs_mount_options *opt, const char *mount_dir, struct ffs_error *err)
 {
 	_cleanup_free_ char *path = NULL;
@@ -448,7 +452,8 @@ static int resolve_store(struct ffs_mount_options *opt, const char *mount_dir, s
 		return opt->default_store == FFS_STORE_MEMORY
 			       ? 0
 			       : ffs_error_set(err, EINVAL,
-					 "mount option default-store: without store=DIR branches live in memory only");
+					 "mount option default-store: without store=DIR branches live in "
+					 "memory only");
 	if (!opt->default_store_given)
 		opt->default_store = FFS_STORE_DENSE;
 	r = absolute(opt->store, &path);
@@ -456,7 +461,8 @@ static int resolve_store(struct ffs_mount_options *opt, const char *mount_dir, s
 		return ffs_error_set(err, r < 0 ? -r : ENAMETOOLONG, "the store %s has no path", opt->store);
 	snprintf(opt->store, sizeof(opt->store), "%s", path);
 	if (strncmp(opt->store, mount_dir, len) == 0 && (!opt->store[len] || opt->store[len] == '/'))
-		return ffs_error_set(err, EINVAL, "the store %s is below the mount: take another directory", path);
+		return ffs_error_set(
+			err, EINVAL, "the store %s is below the mount: take another directory", path);
 	return 0;
 }
 

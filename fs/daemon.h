@@ -31,19 +31,22 @@ struct ffs_sentences;
 struct ffs_durable;
 struct ffs_store;
 struct ffs_stored;
+struct ffs_keyed;
 
 /* A request that threads claim from each other before they act for it or answer it (park.h). */
 struct ffs_parked;
 
-/* A branch with those who wait for it: an image of the engine, or one of the store. A named branch that goes to the
- * store changes from a shot of the one sort to one of the other when it is ready. Shared by a generation or a name, and by the open handles on it: an
- * image's memory is free when the last of them is gone. */
+/* A branch with those who wait for it: an image of the engine, or one of the store. A named branch that goes
+ * to the store changes from a shot of the one sort to one of the other when it is ready. Shared by a
+ * generation or a name, and by the open handles on it: an image's memory is free when the last of them is
+ * gone. */
 struct ffs_shot {
 	atomic_uint refs;
 	struct ffs_fs *fs;
 	struct ffs_branch *branch; /* NULL: of the store, or failed before this daemon began */
 	struct ffs_stored *stored; /* NULL: in memory; fixed */
-	struct ffs_durable *durable; /* on its way to the store, or never meant for it (NULL); fixed once published */
+	struct ffs_durable
+		*durable; /* on its way to the store, or never meant for it (NULL); fixed once published */
 	struct ffs_branch_watch watch;
 	struct ffs_work settle_work, free_work;
 	uint64_t memory_size, vmstate_size, time_ns; /* fixed */
@@ -54,6 +57,7 @@ struct ffs_shot {
 	char *manifest;              /* once READY; NULL if it could not be made */
 	size_t manifest_len;
 	struct ffs_list waiters; /* struct ffs_waiter: until it is no longer WRITING */
+	unsigned opens;          /* open files of it */
 	struct ffs_named *named; /* its name, while it has one; not referenced */
 	struct ffs_live *live;   /* its generation, while that lives; not referenced */
 };
@@ -93,12 +97,14 @@ struct ffs_named {
 	char next_name[80]; /* while it is renamed in the store */
 	enum ffs_store_kind kind;
 	struct ffs_durable *durable; /* while it is taken: the taker's */
-	struct ffs_sbx *sbx;   /* referenced */
+	struct ffs_sbx *sbx;         /* referenced */
 	struct ffs_shot *shot; /* referenced; NULL: being taken (then the name is only reserved) or removed */
 	bool removed;
 	uint64_t vmstate_size, memory_size, time_ns;
 	struct ffs_named_disk *disks; /* fixed with the shot */
 	unsigned n_disks;
+	char *key; /* a cached branch: what it was taken for; NULL: its user's */
+	uint64_t last_use_ns;
 	struct ffs_list link;  /* in sbx->branches */
 	struct ffs_list waits; /* struct ffs_parked: reads of `wait` */
 };
@@ -134,7 +140,7 @@ enum ffs_retry { FFS_RETRY_NONE, FFS_RETRY_WRITER, FFS_RETRY_NODE, FFS_RETRY_TOR
 
 struct ffs_counters {
 	atomic_ullong requests, reads, read_bytes, generations, named, attaches, refused, errors, interrupted,
-		limited;
+		limited, cache_hits, cache_misses, cache_pruned;
 };
 
 struct ffs_fs {
@@ -142,8 +148,8 @@ struct ffs_fs {
 	struct ffs_engine *engine;    /* fixed */
 	struct fuse_session *se;      /* fixed */
 	struct ffs_passthrough pass;
-	struct ffs_store *store; /* NULL: none; fixed */
-	atomic_bool store_pass;  /* the kernel serves files of the store; false once it refused */
+	struct ffs_store *store;   /* NULL: none; fixed */
+	atomic_bool store_pass;    /* the kernel serves files of the store; false once it refused */
 	struct ffs_pool *pool;     /* fixed */
 	struct ffs_pool *writers;  /* into the store; fixed */
 	struct ffs_reaper *reaper; /* fixed */
@@ -165,6 +171,7 @@ struct ffs_fs {
 	struct ffs_nodes *nodes;
 	struct ffs_handles *handles;
 	struct ffs_events *events;
+	struct ffs_keyed *keyed;
 	struct ffs_sentences *sentences;
 	struct {
 		pid_t tid;
@@ -228,6 +235,10 @@ void ffs_shot_watch(struct ffs_shot *s);
 /* Any locks held; the last one frees in the pool. */
 struct ffs_shot *ffs_shot_ref(struct ffs_shot *s);
 void ffs_shot_unref(struct ffs_shot *s);
+/* The last one frees here and now (true): without the tree lock, and only when it is not being captured. */
+bool ffs_shot_unref_now(struct ffs_shot *s);
+/* Bytes of memory that it takes, or of disk where it is stored. */
+uint64_t ffs_shot_bytes(const struct ffs_shot *s);
 
 /* ---- serve.c: answers
  * ------------------------------------------------------------------------------------------- */

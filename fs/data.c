@@ -15,6 +15,7 @@
 #include "base/fault.h"
 #include "base/log.h"
 #include "base/util.h"
+#include "keyed.h"
 #include "nodes.h"
 #include "park.h"
 
@@ -151,6 +152,8 @@ void ffs_data_opened(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller 
 	if (h) {
 		r = how == FFS_OPEN_PASS ? open_backing(fs, node, shot) : 0;
 		h->shot = r < 0 ? NULL : ffs_shot_ref(shot);
+		if (h->shot)
+			h->shot->opens++;
 		h->live = live ? ffs_live_ref(live) : NULL;
 		h->counted = live != NULL;
 		h->txn = NULL;
@@ -165,7 +168,8 @@ void ffs_data_opened(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller 
 	}
 	pthread_mutex_unlock(&fs->lock);
 	if (r < 0 && how == FFS_OPEN_PASS && shot->stored && atomic_exchange(&fs->store_pass, false)) {
-		/* a stacked file system, say; the kernel looks the name up again and finds the node we serve */
+		/* a stacked file system, say; the kernel looks the name up again and finds the node we serve
+		 */
 		ffs_log(FFS_LOG_INFO, "the kernel does not serve files of the store by itself (%s): we do",
 			strerror(-r));
 		fuse_reply_err(req, ESTALE);
@@ -200,6 +204,7 @@ void ffs_named_open(struct ffs_call *call, struct ffs_node *node, int flags)
 	} else if (!code) {
 		ffs_retry_take(fs, call->who.tid, node->ino);
 		shot = ffs_shot_ref(node->named->shot);
+		ffs_keyed_used(node->named);
 	}
 	pthread_mutex_unlock(&fs->lock);
 	if (code) {
@@ -248,7 +253,8 @@ static void reply_failed_shot(
 static void reply_stored_manifest(fuse_req_t req, struct ffs_stored *stored, size_t size, uint64_t off)
 {
 	char *buf = worker_buffer();
-	ssize_t n = buf ? ffs_stored_read_manifest(stored, buf, size < READ_MAX ? size : READ_MAX, off) : -ENOMEM;
+	ssize_t n =
+		buf ? ffs_stored_read_manifest(stored, buf, size < READ_MAX ? size : READ_MAX, off) : -ENOMEM;
 
 	if (n < 0)
 		fuse_reply_err(req, (int)-n);
@@ -341,7 +347,8 @@ static void wait_for_shot(struct ffs_call *call, struct ffs_handle *h, bool sync
 }
 
 /* Of memory, vmstate or a disk, wherever the branch is. */
-static ssize_t read_piece(const struct ffs_handle *h, char *buf, size_t size, uint64_t off, struct ffs_error *err)
+static ssize_t read_piece(
+	const struct ffs_handle *h, char *buf, size_t size, uint64_t off, struct ffs_error *err)
 {
 	enum ffs_kind kind = h->node->key.kind;
 	const struct ffs_shot *s = h->shot;

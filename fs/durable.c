@@ -1,11 +1,13 @@
-/* Owns the way of a named branch into the store: its draft from before the take on, the job that writes the settled
- * image, the shot that serves the branch from the store afterwards, and the branches that a daemon finds at its start.
+/* Owns the way of a named branch into the store: its draft from before the take on, the job that writes the
+ * settled image, the shot that serves the branch from the store afterwards, and the branches that a daemon
+ * finds at its start.
  *
- * Threads: one writer (fs->writers) copies images, one after the other; the reaper hands them over and swaps shots;
- * tasks remove and rename. Locks: fs->names, then the tree lock. fs->names is held across a rename(2) and a sync of
- * the store, so that a branch has one name while it is published, renamed or removed; never across a copy, and the
- * kernel's lock of branches/ never waits for more than that. */
+ * Threads: one writer (fs->writers) copies images, one after the other; the reaper hands them over and swaps
+ * shots; tasks remove and rename. Locks: fs->names, then the tree lock. fs->names is held across a rename(2)
+ * and a sync of the store, so that a branch has one name while it is published, renamed or removed; never
+ * across a copy, and the kernel's lock of branches/ never waits for more than that. */
 #include "durable.h"
+#include "keyed.h"
 
 #include <errno.h>
 #include <json-c/json.h>
@@ -105,7 +107,8 @@ void ffs_durable_free(struct ffs_shot *s)
 }
 
 /* ---- the job
- * ----------------------------------------------------------------------------------------------------------- */
+ * -----------------------------------------------------------------------------------------------------------
+ */
 
 static int gate_enter(void *arg)
 {
@@ -168,6 +171,15 @@ static void add_owner(struct json_object *manifest, struct ffs_sbx *sbx)
 	json_object_object_add(manifest, "owner", o);
 }
 
+/* What a cached branch was taken for, so that the next daemon finds it by its key. */
+static void add_key(struct json_object *manifest, struct ffs_shot *s)
+{
+	pthread_mutex_lock(&s->fs->lock);
+	if (s->named && s->named->key)
+		json_object_object_add(manifest, "key", json_object_new_string(s->named->key));
+	pthread_mutex_unlock(&s->fs->lock);
+}
+
 static int write_branch(struct ffs_durable *d, struct ffs_error *err)
 {
 	struct ffs_publish_gate gate = {.enter = gate_enter, .leave = gate_leave, .arg = d};
@@ -177,20 +189,21 @@ static int write_branch(struct ffs_durable *d, struct ffs_error *err)
 	int r = FFS_FAULT("store-memory");
 
 	if (!r)
-		r = ffs_draft_memory(d->draft, ffs_branch_memory_fd(s->branch), s->memory_size, d->kind, share,
-			&d->progress, err);
+		r = ffs_draft_memory(d->draft, ffs_branch_memory_fd(s->branch), s->memory_size, d->kind,
+			share, &d->progress, err);
 	ffs_stored_unref(share);
 	if (!r)
 		r = FFS_FAULT("store-vmstate");
 	if (!r)
 		r = ffs_draft_file(d->draft, "vmstate", ffs_branch_vmstate_fd(s->branch), err);
 	for (unsigned i = 0; !r && i < ffs_branch_disks(s->branch); i++)
-		r = ffs_draft_disk(d->draft, ffs_branch_disk_id(s->branch, i), ffs_branch_disk_fd(s->branch, i),
-			&d->progress, err);
+		r = ffs_draft_disk(d->draft, ffs_branch_disk_id(s->branch, i),
+			ffs_branch_disk_fd(s->branch, i), &d->progress, err);
 	if (!r)
 		r = ffs_branch_manifest(s->branch, &manifest);
 	if (!r) {
 		add_owner(manifest, s->sbx);
+		add_key(manifest, s);
 		r = ffs_store_publish(d->draft, manifest, &gate, err);
 	}
 	json_object_put(manifest);
@@ -298,7 +311,8 @@ struct ffs_shot *ffs_durable_successor(struct ffs_shot *s)
 }
 
 /* ---- names
- * ------------------------------------------------------------------------------------------------------------- */
+ * -------------------------------------------------------------------------------------------------------------
+ */
 
 /* The draft of a branch that is not published yet; fs->names held. */
 static struct ffs_draft *draft_of(struct ffs_named *n, struct ffs_shot **ref)
@@ -380,7 +394,8 @@ void ffs_durable_reap(struct ffs_sbx *sbx)
 }
 
 /* ---- status
- * ------------------------------------------------------------------------------------------------------------ */
+ * ------------------------------------------------------------------------------------------------------------
+ */
 
 /* The members of the manifest that a status has too. */
 static void add_from_manifest(struct ffs_stored *stored, struct json_object *o)
@@ -413,7 +428,8 @@ void ffs_durable_status(struct ffs_shot *s, struct json_object *o)
 		json_object_object_add(o, "disk_bytes", json_object_new_uint64(all));
 		json_object_object_add(o, "disk_shared_bytes", json_object_new_uint64(shared));
 	} else if (s->durable) {
-		json_object_object_add(o, "store", json_object_new_string(ffs_store_kind_name(s->durable->kind)));
+		json_object_object_add(
+			o, "store", json_object_new_string(ffs_store_kind_name(s->durable->kind)));
 		json_object_object_add(
 			o, "stored_bytes", json_object_new_uint64(atomic_load(&s->durable->progress.done)));
 	}
@@ -437,6 +453,17 @@ static int adopt_disks(struct ffs_named *n, struct ffs_stored *stored)
 		n->disks[n->n_disks].size = ffs_stored_disk_size(stored, n->n_disks);
 	}
 	return 0;
+}
+
+static void adopt_key(struct ffs_named *n, struct ffs_stored *stored)
+{
+	struct json_object *m = NULL, *key;
+
+	if (ffs_stored_manifest(stored, &m, NULL) < 0)
+		return;
+	if (json_object_object_get_ex(m, "key", &key) && json_object_is_type(key, json_type_string))
+		ffs_keyed_adopt(n, json_object_get_string(key));
+	json_object_put(m);
 }
 
 static int adopt(void *arg, const char *sandbox, const char *name, enum ffs_store_entry entry)
@@ -472,6 +499,7 @@ static int adopt(void *arg, const char *sandbox, const char *name, enum ffs_stor
 	s->failure = why;
 	if (stored) {
 		r = adopt_disks(n, stored);
+		adopt_key(n, stored);
 		n->memory_size = s->memory_size = ffs_stored_memory_size(stored);
 		n->vmstate_size = s->vmstate_size = ffs_stored_vmstate_size(stored);
 		n->time_ns = s->time_ns = ffs_stored_time_ns(stored);
@@ -521,7 +549,8 @@ int ffs_durable_open(struct ffs_fs *fs, struct ffs_error *err)
 	if (!r) {
 		r = ffs_store_each(fs->store, NULL, adopt, fs, err);
 		if (r == -ENOMEM)
-			ffs_error_set(err, ENOMEM, "no memory for the branches of the store %s", fs->opt.store);
+			ffs_error_set(
+				err, ENOMEM, "no memory for the branches of the store %s", fs->opt.store);
 	}
 	if (r < 0)
 		return r;

@@ -1,29 +1,30 @@
-/* Branches on their way to the store and back: written when their capture is complete, served from there, found again
- * by the next daemon. */
+/* Branches on their way to the store and back: written when their capture is complete, served from there,
+ * found again by the next daemon. */
 #pragma once
 
 #include "daemon.h"
 
-/* Open the mount's store (options), recover it, put its branches into the tree. Before any thread exists. 0 when the
- * mount has none. */
+/* Open the mount's store (options), recover it, put its branches into the tree. Before any thread exists. 0
+ * when the mount has none. */
 int ffs_durable_open(struct ffs_fs *fs, struct ffs_error *err);
 /* Wait until nothing is on its way any more. At the end, every VM let go. */
 void ffs_durable_drain(struct ffs_fs *fs);
 void ffs_durable_close(struct ffs_fs *fs);
 
-/* Before the take: the draft of a branch that is to go to the store (named->kind); nothing for one that stays in
- * memory. Without the tree lock. */
+/* Before the take: the draft of a branch that is to go to the store (named->kind); nothing for one that stays
+ * in memory. Without the tree lock. */
 int ffs_durable_begin(struct ffs_named *n, struct ffs_error *err);
 /* The take failed. Without the tree lock. */
 void ffs_durable_abort(struct ffs_named *n);
 /* The shot is the named branch's: it takes the draft over. Tree lock held. */
 void ffs_durable_attach(struct ffs_named *n, struct ffs_shot *s);
-/* Its capture is complete, or has failed: true when the shot now goes to the store and settles again later. On the
- * reaper's thread, without the tree lock; the reference of the settle work is kept then. */
+/* Its capture is complete, or has failed: true when the shot now goes to the store and settles again later.
+ * On the reaper's thread, without the tree lock; the reference of the settle work is kept then. */
 bool ffs_durable_take_over(struct ffs_shot *s, enum ffs_branch_state state, const struct ffs_error *why);
 /* The manifest as it is in the store: a copy that the caller frees, and its length; NULL: not published. */
 char *ffs_durable_manifest(struct ffs_shot *s, size_t *len);
-/* Tree lock held, when it settles: the shot that serves the branch from now on (a reference), or NULL: as before. */
+/* Tree lock held, when it settles: the shot that serves the branch from now on (a reference), or NULL: as
+ * before. */
 struct ffs_shot *ffs_durable_successor(struct ffs_shot *s);
 /* The last of a shot. Without the tree lock. */
 void ffs_durable_free(struct ffs_shot *s);

@@ -28,9 +28,12 @@ struct ffs_mount_options {
 	unsigned branch_rate; /* branch/ triggers a second and sandbox, then EAGAIN; 10. 0: no limit */
 	uint64_t memory;      /* for images: struct ffs_engine_limits; FFS_MEMORY_AUTO */
 	unsigned captures;    /* at once; twice the CPUs, at least 8. 0: any number */
+	uint64_t cache_age_ns; /* a cached branch goes when nobody has used it for so long; 0: by age never */
+	uint64_t cache_size;   /* of all cached branches in memory, bytes; UINT64_MAX: no limit */
+	uint64_t cache_store;  /* of all cached branches in the store, bytes; UINT64_MAX: no limit */
 	enum ffs_passthrough_option passthrough;
-	char store[PATH_MAX];               /* directory of the store; "": branches live in memory only */
-	enum ffs_store_kind default_store;  /* of mkdir and of requests that do not say; dense with a store */
+	char store[PATH_MAX];              /* directory of the store; "": branches live in memory only */
+	enum ffs_store_kind default_store; /* of mkdir and of requests that do not say; dense with a store */
 	bool default_store_given;
 	uint32_t max_read;      /* largest read request asked for, bytes, a multiple of 4096; 1 MiB */
 	enum ffs_log_level log; /* FFS_LOG_INFO */
@@ -42,7 +45,8 @@ struct ffs_mount_options {
 void ffs_mount_options_init(struct ffs_mount_options *opt);
 
 /* Take in a comma-separated list as -o gives it: allow_other, branch=on|off, branch-rate=N, lease=SECONDS,
- * memory=SIZE|auto|unlimited, captures=N, passthrough=auto|off, store=DIR, default-store=memory|dense|packed,
+ * memory=SIZE|auto|unlimited, captures=N, cache-age=SECONDS, cache-size=SIZE, cache-store=SIZE,
+ * passthrough=auto|off, store=DIR, default-store=memory|dense|packed,
  * max_read=BYTES, log=error|warning|info|debug. What mount(8) and fstab add (rw, dev, suid, exec, auto, user,
  * _netdev, x-*, …) is accepted and ignored. -EINVAL with a sentence that names the option. */
 int ffs_mount_options_parse(struct ffs_mount_options *opt, const char *list, struct ffs_error *err);

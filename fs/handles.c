@@ -67,6 +67,8 @@ static void free_handle(struct ffs_fs *fs, struct ffs_handle *h)
 		fuse_pollhandle_destroy(h->ph);
 	ffs_txn_unref(h->txn);
 	ffs_live_unref(h->live);
+	if (h->shot)
+		h->shot->opens--;
 	ffs_shot_unref(h->shot);
 	ffs_node_unref(fs, h->node);
 	for (unsigned i = 0; i < h->n_entries; i++)

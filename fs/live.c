@@ -18,6 +18,7 @@
 #include "base/util.h"
 #include "data.h"
 #include "events.h"
+#include "keyed.h"
 #include "nodes.h"
 #include "park.h"
 
@@ -95,6 +96,8 @@ static int take(struct ffs_live *l, struct ffs_shot **out, struct ffs_error *err
 	if (!engine)
 		return ffs_error_set(err, ESRCH, "sandbox '%s' was detached", l->sbx->name);
 	r = ffs_branch_take(engine, &opt, l->cancel, &branch, err);
+	if (r == -ENOSPC && ffs_keyed_make_room(l->sbx))
+		r = ffs_branch_take(engine, &opt, l->cancel, &branch, err);
 	ffs_sandbox_unref(engine);
 	if (r < 0)
 		return r;

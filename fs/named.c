@@ -16,6 +16,7 @@
 #include "data.h"
 #include "durable.h"
 #include "events.h"
+#include "keyed.h"
 #include "nodes.h"
 #include "park.h"
 
@@ -44,8 +45,8 @@ int ffs_named_reserve(struct ffs_sbx *sbx, const char *name, const struct ffs_ca
 		return ffs_error_set(err, EEXIST, "sandbox '%s' has a branch '%s' already", sbx->name, name);
 	for (struct ffs_list *e = sbx->branches.next; e != &sbx->branches; e = e->next)
 		if (strcmp(ffs_container(e, struct ffs_named, link)->next_name, name) == 0)
-			return ffs_error_set(err, EBUSY, "a branch of '%s' is just being renamed to '%s'", sbx->name,
-				name);
+			return ffs_error_set(err, EBUSY, "a branch of '%s' is just being renamed to '%s'",
+				sbx->name, name);
 	n = ffs_named_new(sbx, name);
 	if (!n)
 		return ffs_error_set(err, ENOMEM, "no memory");
@@ -101,6 +102,8 @@ static int take(struct ffs_named *n, const struct ffs_take_options *how, struct 
 	if (!engine)
 		return ffs_error_set(err, ESRCH, "sandbox '%s' was detached", n->sbx->name);
 	r = ffs_branch_take(engine, &opt, cancel, &branch, err);
+	if (r == -ENOSPC && ffs_keyed_make_room(n->sbx))
+		r = ffs_branch_take(engine, &opt, cancel, &branch, err);
 	ffs_sandbox_unref(engine);
 	if (r < 0)
 		return r;
@@ -210,17 +213,15 @@ void ffs_named_mkdir(struct ffs_call *call, struct ffs_node *dir, const char *na
  * -------------------------------------------------------------------------------------------------------------
  */
 
-/* Tree lock held, and back again: out of the store, if it is there, then out of the tree. fs->names is held, so nobody
- * else removes or renames it meanwhile. */
-static int remove_named(struct ffs_fs *fs, struct ffs_sbx *sbx, const char *name, struct ffs_list *waits,
-	struct ffs_inval *inval, struct ffs_error *err)
+/* Tree lock held, and back again: out of the store, if it is there, then out of the tree. fs->names is held,
+ * so nobody else removes or renames it meanwhile. */
+static int remove_locked(
+	struct ffs_named *n, struct ffs_list *waits, struct ffs_inval *inval, struct ffs_error *err)
 {
-	struct ffs_named *n = ffs_named_find(sbx, name);
+	struct ffs_sbx *sbx = n->sbx;
+	struct ffs_fs *fs = sbx->fs;
 	int r;
 
-	if (!n || !n->shot)
-		return ffs_error_set(err, n ? EBUSY : ENOENT,
-			n ? "branch '%s' is just being taken" : "there is no branch '%s'", name);
 	ffs_named_ref(n);
 	pthread_mutex_unlock(&fs->lock);
 	r = ffs_durable_remove(n, err);
@@ -233,6 +234,43 @@ static int remove_named(struct ffs_fs *fs, struct ffs_sbx *sbx, const char *name
 			ffs_inval_collect(fs, sbx, inval);
 	}
 	ffs_named_unref(n);
+	return r;
+}
+
+static int remove_named(struct ffs_sbx *sbx, const char *name, struct ffs_list *waits,
+	struct ffs_inval *inval, struct ffs_error *err)
+{
+	struct ffs_named *n = ffs_named_find(sbx, name);
+
+	if (!n || !n->shot)
+		return ffs_error_set(err, n ? EBUSY : ENOENT,
+			n ? "branch '%s' is just being taken" : "there is no branch '%s'", name);
+	return remove_locked(n, waits, inval, err);
+}
+
+int ffs_named_drop(struct ffs_named *n, struct ffs_error *err)
+{
+	struct ffs_fs *fs = n->sbx->fs;
+	struct ffs_inval inval = {0};
+	struct ffs_list waits;
+	int r = 0;
+
+	ffs_list_init(&waits);
+	pthread_mutex_lock(&fs->names);
+	pthread_mutex_lock(&fs->lock);
+	if (n->removed || !n->shot)
+		r = ffs_error_set(err, ENOENT, "branch '%s' was removed", n->name);
+	else if (!n->key) /* renamed meanwhile */
+		r = ffs_error_set(err, ENOENT, "branch '%s' is its user's now", n->name);
+	else
+		r = remove_locked(n, &waits, &inval, err);
+	pthread_mutex_unlock(&fs->lock);
+	pthread_mutex_unlock(&fs->names);
+	ffs_wait_answer_all(&waits, -ENOENT, NULL);
+	ffs_inval_send(fs, &inval);
+	ffs_polls_check(fs);
+	if (!r)
+		ffs_durable_reap(n->sbx);
 	return r;
 }
 
@@ -252,7 +290,7 @@ static void rmdir_task(struct ffs_task *t)
 	bool mine = ffs_parked_claim(t->p);
 
 	if (mine && !r)
-		r = remove_named(fs, sbx, t->name, &waits, &inval, &err);
+		r = remove_named(sbx, t->name, &waits, &inval, &err);
 	pthread_mutex_unlock(&fs->lock);
 	pthread_mutex_unlock(&fs->names);
 	if (!mine)
@@ -311,6 +349,7 @@ static int rename_locked(struct ffs_task *t, struct ffs_error *err)
 	pthread_mutex_lock(&sbx->fs->lock);
 	n->next_name[0] = '\0';
 	if (!r) {
+		ffs_keyed_keep(n);
 		snprintf(n->name, sizeof(n->name), "%.79s", t->name2);
 		sbx->changed_ns = ffs_wall_ns();
 	}

@@ -10,12 +10,18 @@ int ffs_named_reserve(struct ffs_sbx *sbx, const char *name, const struct ffs_ca
 struct ffs_take_options {
 	uint64_t timeout_ns; /* see struct ffs_branch_options */
 	bool without_disks;
+	bool has_store; /* for a cached branch: where it goes, if not where the mount's go */
+	enum ffs_store_kind store;
 };
 /* Take the branch of a reserved name and publish it, or give the name back. `wanted` is asked once, with the
  * tree lock held, before publishing: false gives everything back (-EINTR). Pool thread, without the tree
  * lock; waits. */
 int ffs_named_take(struct ffs_named *named, const struct ffs_take_options *how, struct ffs_cancel *cancel,
 	bool (*wanted)(void *arg), void *arg, struct ffs_error *err);
+
+/* Remove a cached branch as rmdir does, but for what the kernel remembers of its name. -ENOENT: it was
+ * removed already. Without the tree lock. */
+int ffs_named_drop(struct ffs_named *n, struct ffs_error *err);
 
 /* FUSE handlers; node: branches/ itself. */
 void ffs_named_mkdir(struct ffs_call *call, struct ffs_node *dir, const char *name);

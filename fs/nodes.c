@@ -468,3 +468,20 @@ void ffs_inval_send(struct ffs_fs *fs, struct ffs_inval *inval)
 		fuse_lowlevel_notify_inval_inode(fs->se, inval->ids[i], -1, 0);
 	free(inval->ids);
 }
+
+uint64_t ffs_branches_node(struct ffs_fs *fs, struct ffs_sbx *sbx)
+{
+	struct ffs_node *n = find_plain(fs, FFS_KIND_BRANCHES, sbx->serial);
+
+	return n ? n->id : 0;
+}
+
+void ffs_inval_name(struct ffs_fs *fs, uint64_t dir, const char *name)
+{
+	pthread_mutex_lock(&fs->lock);
+	bool closing = fs->closing;
+
+	pthread_mutex_unlock(&fs->lock);
+	if (dir && !closing)
+		fuse_lowlevel_notify_inval_entry(fs->se, dir, name, strlen(name));
+}

@@ -113,6 +113,11 @@ void ffs_inval_collect(struct ffs_fs *fs, struct ffs_sbx *sbx, struct ffs_inval 
  * sandbox's that a request may hold which waits for us. Frees what was collected. */
 void ffs_inval_send(struct ffs_fs *fs, struct ffs_inval *inval);
 
+/* Tree lock held: the number of the node of a sandbox's branches/; 0: the kernel does not know it. */
+uint64_t ffs_branches_node(struct ffs_fs *fs, struct ffs_sbx *sbx);
+/* As ffs_inval_send(), for one name in that directory. */
+void ffs_inval_name(struct ffs_fs *fs, uint64_t dir, const char *name);
+
 /* ---- open files
  * ---------------------------------------------------------------------------------------------------- */
 

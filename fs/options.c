@@ -12,6 +12,8 @@
 
 #define MAX_LEASE_S 86400u
 #define MAX_RATE 100000u
+#define CACHE_AGE_S 86400u
+#define MAX_CACHE_AGE_S (10u * 365 * 86400)
 
 static unsigned default_captures(void)
 {
@@ -27,6 +29,9 @@ void ffs_mount_options_init(struct ffs_mount_options *opt)
 		.branch_rate = 10,
 		.memory = FFS_MEMORY_AUTO,
 		.captures = default_captures(),
+		.cache_age_ns = CACHE_AGE_S * FFS_NS_PER_S,
+		.cache_size = UINT64_MAX,
+		.cache_store = UINT64_MAX,
 		.max_read = 1u << 20,
 		.log = FFS_LOG_INFO,
 	};
@@ -125,6 +130,13 @@ static int with_value(
 	} else if (strcmp(name, "captures") == 0) {
 		r = number(name, value, MAX_RATE, &n, err);
 		opt->captures = (unsigned)n;
+	} else if (strcmp(name, "cache-age") == 0) {
+		r = number(name, value, MAX_CACHE_AGE_S, &n, err);
+		opt->cache_age_ns = n * FFS_NS_PER_S;
+	} else if (strcmp(name, "cache-size") == 0) {
+		r = size(name, value, &opt->cache_size, err);
+	} else if (strcmp(name, "cache-store") == 0) {
+		r = size(name, value, &opt->cache_store, err);
 	} else if (strcmp(name, "lease") == 0) {
 		r = number(name, value, MAX_LEASE_S, &n, err);
 		opt->lease_ns = n * FFS_NS_PER_S;
@@ -138,7 +150,8 @@ static int with_value(
 	} else if (strcmp(name, "default-store") == 0) {
 		if (!ffs_store_kind_parse(value, &opt->default_store))
 			return ffs_error_set(err, EINVAL,
-				"mount option default-store: there is no '%s' (memory, dense, packed)", value);
+				"mount option default-store: there is no '%s' (memory, dense, packed)",
+				value);
 		opt->default_store_given = true;
 		return 0;
 	} else if (strcmp(name, "max_read") == 0) {
@@ -153,7 +166,8 @@ static int with_value(
 	} else {
 		r = ffs_error_set(err, EINVAL,
 			"there is no mount option '%s' (allow_other, branch=, branch-rate=, lease=, "
-			"memory=, captures=, passthrough=, store=, default-store=, max_read=, "
+			"memory=, captures=, cache-age=, cache-size=, cache-store=, passthrough=, store=, "
+			"default-store=, max_read=, "
 			"log=)",
 			name);
 	}

@@ -12,6 +12,7 @@
 
 #include "base/util.h"
 #include "ctl.h"
+#include "prune.h"
 
 static int known_keys(struct json_object *o, const char *what, const char *const *keys, struct ffs_error *err)
 {
@@ -228,18 +229,26 @@ static int parse_store(struct json_object *o, struct ffs_request *req, struct ff
 	if (r < 0 || !v)
 		return r;
 	if (!ffs_store_kind_parse(v, &req->store))
-		return ffs_error_set(err, EINVAL, "branch: there is no store '%s' (memory, dense, packed)", v);
+		return ffs_error_set(
+			err, EINVAL, "branch: there is no store '%s' (memory, dense, packed)", v);
 	req->has_store = true;
 	return 0;
 }
 
 static int parse_branch(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
-	static const char *const keys[] = {"name", "mode", "store", "wait", "disks", NULL};
+	static const char *const keys[] = {"name", "mode", "store", "wait", "disks", "key", NULL};
+	const char *key = NULL;
 	bool disks = true;
 	int r = known_keys(o, "branch", keys, err);
 
 	if (!r)
+		r = get_string(o, "branch", "key", FFS_KEY_MAX, &key, err);
+	if (!r && key && (!*key || json_object_object_get_ex(o, "name", NULL)))
+		return ffs_error_set(err, EINVAL,
+			"branch: 'key' is not empty and stands in place of 'name': a cached branch is named "
+			"after its key");
+	if (!r && !key)
 		r = get_name(o, "branch", "branch", req->name, err);
 	if (!r)
 		r = parse_choice(o, "mode", "live", "diff", "full", err);
@@ -250,6 +259,8 @@ static int parse_branch(struct json_object *o, struct ffs_request *req, struct f
 	if (!r)
 		r = get_bool(o, "branch", "disks", &disks, err);
 	req->without_disks = !disks;
+	if (!r && key && !(req->key = strdup(key)))
+		r = ffs_error_set(err, ENOMEM, "no memory");
 	return r;
 }
 

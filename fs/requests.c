@@ -15,6 +15,7 @@
 #include "ctl.h"
 #include "events.h"
 #include "guard.h"
+#include "keyed.h"
 #include "named.h"
 #include "nodes.h"
 #include "text.h"
@@ -75,6 +76,7 @@ static void free_strings(struct ffs_request *req)
 {
 	free(req->qemu);
 	free(req->coop);
+	free(req->key);
 	for (unsigned i = 0; i < req->n_disks; i++) {
 		free((char *)req->disks[i].id);
 		free((char *)req->disks[i].path);
@@ -85,13 +87,19 @@ static void free_strings(struct ffs_request *req)
 static int admit_branch(
 	struct ffs_sbx *sbx, const struct ffs_caller *who, struct ffs_request *req, struct ffs_error *err)
 {
-	int r;
+	int r = 0;
 
 	if (req->has_store && req->store != FFS_STORE_MEMORY && !sbx->fs->store)
 		return ffs_error_set(err, EOPNOTSUPP,
-			"branch: this mount has no store, its branches live in memory: mount it with -o store=DIR "
+			"branch: this mount has no store, its branches live in memory: mount it with -o "
+			"store=DIR "
 			"for '%s'",
 			ffs_store_kind_name(req->store));
+	/* who takes it, if anybody has to, is seen when it is carried out */
+	if (req->key) {
+		req->sbx = ffs_sbx_ref(sbx);
+		return 0;
+	}
 	r = ffs_named_reserve(sbx, req->name, who, &req->named, err);
 	if (!r && req->has_store)
 		req->named->kind = req->store;
@@ -321,6 +329,8 @@ static void answer_branch(struct ffs_txn *t, struct ffs_named *named)
 		return;
 	}
 	o = json_object_new_object();
+	if (ffs_txn_request(t)->key)
+		json_object_object_add(status, "cached", json_object_new_boolean(ffs_txn_request(t)->cached));
 	json_object_object_add(o, "branch", status);
 	ffs_txn_done(t, o);
 }
@@ -383,8 +393,13 @@ static bool txn_wanted(void *arg)
 static void run_branch(struct ffs_txn *t, struct ffs_request *req)
 {
 	struct ffs_error err = {0};
-	struct ffs_take_options how = {.timeout_ns = CTL_TAKE_NS, .without_disks = req->without_disks};
-	int r = ffs_named_take(req->named, &how, ffs_txn_cancel(t), txn_wanted, t, &err);
+	struct ffs_take_options how = {.timeout_ns = CTL_TAKE_NS,
+		.without_disks = req->without_disks,
+		.has_store = req->has_store,
+		.store = req->store};
+	int r = req->key ? ffs_keyed_get(req->sbx, req->key, ffs_txn_who(t), &how, ffs_txn_cancel(t),
+				   txn_wanted, t, &req->named, &req->cached, &err)
+			 : ffs_named_take(req->named, &how, ffs_txn_cancel(t), txn_wanted, t, &err);
 
 	if (r < 0)
 		ffs_txn_failed(t, -r, &err);

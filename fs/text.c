@@ -143,6 +143,12 @@ static int make_metrics(struct ffs_fs *fs, char **text)
 	metric(f, "captures_waiting", "gauge", "Branches that wait for a permit to capture.", usage.waiting);
 	if (usage.limits.memory < FFS_MEMORY_AUTO)
 		metric(f, "image_limit_bytes", "gauge", "Mount option memory=.", usage.limits.memory);
+	metric(f, "cache_hits_total", "counter", "Branches asked for by a key that were there.",
+		atomic_load(&c->cache_hits));
+	metric(f, "cache_misses_total", "counter", "Branches asked for by a key that were taken.",
+		atomic_load(&c->cache_misses));
+	metric(f, "cache_pruned_total", "counter", "Cached branches let go: old, too many, in the way.",
+		atomic_load(&c->cache_pruned));
 	metric(f, "generations", "gauge", "Live generations of branch/.", t.generations);
 	metric(f, "nodes", "gauge", "Nodes that the kernel or an open file holds.", t.nodes);
 	metric(f, "open_files", "gauge", "Open files and directories.", t.handles);
@@ -246,6 +252,8 @@ struct json_object *ffs_named_status(struct ffs_fs *fs, struct ffs_named *named)
 	/* the name of today, and the state that `state` and `wait` go by */
 	json_object_object_add(o, "name", json_object_new_string(name));
 	json_object_object_add(o, "sandbox", json_object_new_string(shot->sbx->name));
+	if (named->key)
+		json_object_object_add(o, "key", json_object_new_string(named->key));
 	json_object_object_add(o, "state", json_object_new_string(ffs_branch_state_name(shot->state)));
 	if (shot->state == FFS_BRANCH_FAILED)
 		json_object_object_add(o, "error", json_object_new_string(shot->failure.text));

@@ -68,6 +68,23 @@ void ffs_shot_unref(struct ffs_shot *s)
 		ffs_pool_submit(s->fs->pool, &s->free_work);
 }
 
+bool ffs_shot_unref_now(struct ffs_shot *s)
+{
+	if (atomic_fetch_sub_explicit(&s->refs, 1, memory_order_acq_rel) != 1)
+		return false;
+	free_shot(&s->free_work);
+	return true;
+}
+
+uint64_t ffs_shot_bytes(const struct ffs_shot *s)
+{
+	uint64_t all = 0, shared;
+
+	if (s->stored)
+		ffs_stored_sizes(s->stored, &all, &shared);
+	return s->stored ? all : s->branch ? ffs_branch_image_bytes(s->branch) : 0;
+}
+
 /* From an engine thread. A shot that is being freed is left alone. */
 static void settled(void *arg)
 {
@@ -107,8 +124,8 @@ static void tell_settled(struct ffs_shot *s)
 	bool ready = s->state == FFS_BRANCH_READY;
 
 	if (s->named)
-		ffs_event(fs, ready ? "ready" : "failed", s->sbx->name, s->named->name,
-			ffs_shot_id(s), ready ? NULL : s->failure.text);
+		ffs_event(fs, ready ? "ready" : "failed", s->sbx->name, s->named->name, ffs_shot_id(s),
+			ready ? NULL : s->failure.text);
 	else if (s->live && !ready)
 		ffs_event(fs, "failed", s->sbx->name, NULL, ffs_shot_id(s), s->failure.text);
 	if (s->live && !ready && s->live->gen)
@@ -165,8 +182,7 @@ static void settle(struct ffs_work *w)
 		succeed(s, next);
 	pthread_mutex_unlock(&fs->lock);
 	if (state == FFS_BRANCH_FAILED)
-		ffs_log(FFS_LOG_WARN, "%s: branch %s failed: %s", s->sbx->name, ffs_shot_id(s),
-			why.text);
+		ffs_log(FFS_LOG_WARN, "%s: branch %s failed: %s", s->sbx->name, ffs_shot_id(s), why.text);
 	ffs_wait_answer_all(&waits, state == FFS_BRANCH_READY ? 0 : -EIO, &why);
 	call_waiters(s, &waiters);
 	ffs_polls_check(fs);
@@ -334,6 +350,7 @@ void ffs_named_unref(struct ffs_named *n)
 		return;
 	ffs_sbx_unref(n->sbx);
 	free(n->disks);
+	free(n->key);
 	free(n);
 }
 

@@ -17,7 +17,7 @@
 #include "tree.h"
 
 struct branch_args {
-	const char *mode, *store, *mount;
+	const char *mode, *store, *key, *mount;
 	bool no_wait, json, help;
 };
 
@@ -26,12 +26,16 @@ static bool known_store(const char *store)
 	return !strcmp(store, "memory") || !strcmp(store, "dense") || !strcmp(store, "packed");
 }
 
+/* name: NULL with a key. */
 static struct json_object *build_branch(const struct branch_args *a, const char *name)
 {
 	struct json_object *body = json_object_new_object(), *request = json_object_new_object();
 
 	json_object_object_add(request, "branch", body);
-	json_object_object_add(body, "name", json_object_new_string(name));
+	if (name)
+		json_object_object_add(body, "name", json_object_new_string(name));
+	else
+		json_object_object_add(body, "key", json_object_new_string(a->key));
 	json_object_object_add(body, "mode", json_object_new_string(a->mode ? a->mode : "live"));
 	if (a->store)
 		json_object_object_add(body, "store", json_object_new_string(a->store));
@@ -72,6 +76,7 @@ int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv)
 		{"full", 0, FFS_OPT_CHOICE, &a.mode},
 		{"no-wait", 0, FFS_OPT_FLAG, &a.no_wait},
 		{"store", 0, FFS_OPT_VALUE, &a.store},
+		{"key", 0, FFS_OPT_VALUE, &a.key},
 		{"json", 0, FFS_OPT_FLAG, &a.json},
 		{"mount", 0, FFS_OPT_VALUE, &a.mount},
 		{"help", 'h', FFS_OPT_FLAG, &a.help},
@@ -79,7 +84,7 @@ int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv)
 	};
 	_cleanup_(ffs_tree_close) struct ffs_tree t = FFS_TREE_INIT;
 	uint64_t began_ns = ffs_now_ns();
-	struct json_object *request;
+	struct json_object *request, *answer = NULL;
 	struct ffs_target target;
 	struct ffs_error err = {0};
 	char ctl[80];
@@ -89,10 +94,12 @@ int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv)
 		return ffs_usage_error(self, "%s", err.text);
 	if (a.help)
 		return ffs_usage_help(self);
-	if (n != 2)
+	if (a.key && n != 1)
+		return ffs_usage_error(self, "a sandbox's NAME is wanted, and --key in place of a BRANCH");
+	if (!a.key && n != 2)
 		return ffs_usage_error(self, "a sandbox's NAME and a name for the BRANCH are wanted");
 	if (ffs_target_parse(argv[0], FFS_TARGET_SANDBOX, &target, &err) < 0 ||
-		ffs_check_name("branch", argv[1], &err) < 0)
+		(!a.key && ffs_check_name("branch", argv[1], &err) < 0))
 		return ffs_usage_error(self, "%s", err.text);
 	if (a.no_wait && a.mode && strcmp(a.mode, "live"))
 		return ffs_usage_error(self, "--no-wait goes with --live only, not with --%s", a.mode);
@@ -106,10 +113,13 @@ int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv)
 		r = ffs_tree_check_target(&t, &target, &err);
 	if (r < 0)
 		return ffs_failure(self, &err);
-	snprintf(target.branch, sizeof(target.branch), "%s", argv[1]);
-	request = build_branch(&a, target.branch);
-	r = ffs_tree_request(&t, ctl, request, NULL, &err);
+	request = build_branch(&a, a.key ? NULL : argv[1]);
+	r = ffs_tree_request(&t, ctl, request, &answer, &err);
 	json_object_put(request);
+	/* a cached branch is named by the daemon */
+	snprintf(target.branch, sizeof(target.branch), "%s",
+		a.key ? ffs_json_string(ffs_json_get(answer, "branch"), "name") : argv[1]);
+	json_object_put(answer);
 	if (!r && !a.no_wait) {
 		r = ffs_wait_branch(&t, &target, true, &err);
 		if (r == -EINTR)

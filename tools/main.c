@@ -34,7 +34,8 @@ const struct ffs_command ffs_commands[] = {
 	{"status", "[NAME[/BRANCH]] [--json]", "show the mount, a sandbox or a branch in detail",
 		ffs_cmd_status},
 	{"branch",
-		"NAME BRANCH [--live | --diff | --full] [--no-wait] [--store memory|dense|packed] [--json]",
+		"NAME (BRANCH | --key KEY) [--live | --diff | --full] [--no-wait] [--store "
+		"memory|dense|packed] [--json]",
 		"take a branch: memory and device state of one instant", ffs_cmd_branch},
 	{"wait", "NAME/BRANCH…", "wait until branches are complete", ffs_cmd_wait},
 	{"rm", "NAME/BRANCH…", "remove branches; who has one open goes on reading it", ffs_cmd_rm},

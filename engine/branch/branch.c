@@ -283,6 +283,15 @@ uint64_t ffs_branch_memory_size(const struct ffs_branch *b)
 	return b->geo.memory_size;
 }
 
+uint64_t ffs_branch_image_bytes(struct ffs_branch *b)
+{
+	pthread_mutex_lock(&b->lock);
+	uint64_t bytes = b->memory_reserved + b->memory_taken;
+
+	pthread_mutex_unlock(&b->lock);
+	return bytes;
+}
+
 uint64_t ffs_branch_vmstate_size(const struct ffs_branch *b)
 {
 	return b->vmstate_size;

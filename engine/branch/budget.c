@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/cancel.h"
 #include "base/cleanup.h"
 #include "base/fault.h"
 #include "base/util.h"
@@ -19,7 +20,8 @@
 struct ffs_budget {
 	atomic_uint refs;
 	pthread_mutex_t lock;
-	uint64_t limit, taken, reserved;
+	pthread_cond_t freed;
+	uint64_t limit, taken, reserved, frees;
 };
 
 struct ffs_budget *ffs_budget_new(void)
@@ -30,6 +32,7 @@ struct ffs_budget *ffs_budget_new(void)
 		return NULL;
 	atomic_init(&b->refs, 1);
 	pthread_mutex_init(&b->lock, NULL);
+	ffs_cond_init(&b->freed);
 	b->limit = FFS_MEMORY_UNLIMITED;
 	return b;
 }
@@ -44,6 +47,7 @@ void ffs_budget_unref(struct ffs_budget *b)
 {
 	if (!b || atomic_fetch_sub_explicit(&b->refs, 1, memory_order_acq_rel) != 1)
 		return;
+	pthread_cond_destroy(&b->freed);
 	pthread_mutex_destroy(&b->lock);
 	free(b);
 }
@@ -83,7 +87,7 @@ static unsigned long long mib(uint64_t bytes)
 	return bytes >> 20;
 }
 
-static int reserve_auto(struct ffs_budget *b, const char *sandbox, uint64_t bytes, struct ffs_error *err)
+static int check_auto(struct ffs_budget *b, const char *sandbox, uint64_t bytes, struct ffs_error *err)
 {
 	uint64_t has;
 	int r = machine_has(&has);
@@ -103,7 +107,7 @@ static int reserve_auto(struct ffs_budget *b, const char *sandbox, uint64_t byte
 	return 0;
 }
 
-static int reserve_limited(struct ffs_budget *b, const char *sandbox, uint64_t bytes, struct ffs_error *err)
+static int check_limited(struct ffs_budget *b, const char *sandbox, uint64_t bytes, struct ffs_error *err)
 {
 	uint64_t used = b->taken + b->reserved, left = b->limit > used ? b->limit - used : 0;
 
@@ -116,6 +120,13 @@ static int reserve_limited(struct ffs_budget *b, const char *sandbox, uint64_t b
 	return 0;
 }
 
+static int check(struct ffs_budget *b, const char *sandbox, uint64_t bytes, struct ffs_error *err)
+{
+	if (b->limit == FFS_MEMORY_AUTO)
+		return check_auto(b, sandbox, bytes, err);
+	return b->limit == FFS_MEMORY_UNLIMITED ? 0 : check_limited(b, sandbox, bytes, err);
+}
+
 int ffs_budget_reserve(struct ffs_budget *b, const char *sandbox, uint64_t bytes, struct ffs_error *err)
 {
 	int r = FFS_FAULT("budget");
@@ -123,10 +134,7 @@ int ffs_budget_reserve(struct ffs_budget *b, const char *sandbox, uint64_t bytes
 	if (r < 0)
 		return ffs_error_errno(err, -r, "memory for a branch of %s", sandbox);
 	pthread_mutex_lock(&b->lock);
-	if (b->limit == FFS_MEMORY_AUTO)
-		r = reserve_auto(b, sandbox, bytes, err);
-	else if (b->limit != FFS_MEMORY_UNLIMITED)
-		r = reserve_limited(b, sandbox, bytes, err);
+	r = check(b, sandbox, bytes, err);
 	if (r == 0)
 		b->reserved += bytes;
 	pthread_mutex_unlock(&b->lock);
@@ -146,6 +154,36 @@ void ffs_budget_release(struct ffs_budget *b, uint64_t reserved, uint64_t taken)
 	pthread_mutex_lock(&b->lock);
 	b->reserved -= reserved;
 	b->taken -= taken;
+	b->frees++;
+	pthread_cond_broadcast(&b->freed);
+	pthread_mutex_unlock(&b->lock);
+}
+
+bool ffs_budget_fits(struct ffs_budget *b, uint64_t bytes)
+{
+	pthread_mutex_lock(&b->lock);
+	bool fits = check(b, "", bytes, NULL) == 0;
+
+	pthread_mutex_unlock(&b->lock);
+	return fits;
+}
+
+uint64_t ffs_budget_frees(struct ffs_budget *b)
+{
+	pthread_mutex_lock(&b->lock);
+	uint64_t n = b->frees;
+
+	pthread_mutex_unlock(&b->lock);
+	return n;
+}
+
+void ffs_budget_await_free(struct ffs_budget *b, uint64_t seen, uint64_t deadline_ns)
+{
+	int r = 0;
+
+	pthread_mutex_lock(&b->lock);
+	while (b->frees == seen && r == 0)
+		r = ffs_cancel_wait(NULL, &b->freed, &b->lock, deadline_ns);
 	pthread_mutex_unlock(&b->lock);
 }
 

@@ -120,6 +120,21 @@ void ffs_engine_usage(struct ffs_engine *engine, struct ffs_engine_usage *out)
 	ffs_permits_count(engine->permits, &out->limits.captures, &out->captures, &out->waiting);
 }
 
+bool ffs_engine_has_room(struct ffs_engine *engine, uint64_t bytes)
+{
+	return ffs_budget_fits(engine->budget, bytes);
+}
+
+uint64_t ffs_engine_frees(struct ffs_engine *engine)
+{
+	return ffs_budget_frees(engine->budget);
+}
+
+void ffs_engine_await_free(struct ffs_engine *engine, uint64_t seen, uint64_t deadline_ns)
+{
+	ffs_budget_await_free(engine->budget, seen, deadline_ns);
+}
+
 void ffs_engine_unref(struct ffs_engine *engine)
 {
 	if (!engine)

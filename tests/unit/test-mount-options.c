@@ -58,6 +58,11 @@ static void test_values(void **state)
 	assert_int_equal(parsed("memory=512M").memory, 512 << 20);
 	assert_true(parsed("memory=8T").memory == 8ull << 40);
 	assert_int_equal(parsed("captures=0").captures, 0);
+	assert_true(parsed("").cache_size == UINT64_MAX);
+	assert_int_equal(parsed("cache-size=2G").cache_size >> 30, 2);
+	assert_int_equal(parsed("cache-store=1T").cache_store >> 40, 1);
+	assert_int_equal(parsed("").cache_age_ns, 86400 * FFS_NS_PER_S);
+	assert_int_equal(parsed("cache-age=0").cache_age_ns, 0);
 	assert_int_equal(parsed("captures=3").captures, 3);
 	assert_string_equal(parsed("store=/var/lib/forkfs").store, "/var/lib/forkfs");
 	assert_int_equal(parsed("").default_store, FFS_STORE_MEMORY);
@@ -76,8 +81,8 @@ static void test_refused(void **state)
 		"lease=99999999999999999999", "lease=5s", "branch", "branch=maybe", "branch-rate=1e3",
 		"passthrough=on", "max_read=1", "max_read=5000", "max_read=2097152", "log=loud", "memory",
 		"memory=", "memory=1X", "memory=1MB", "memory=-1", "memory=M", "memory=17179869184G",
-		"memory=18446744073709551615", "captures=x", "captures=", "allow_other=1", "rw,nonsense=3",
-		"allow_others"};
+		"memory=18446744073709551615", "captures=x", "cache-age=x", "cache-size=", "cache-size=auto",
+		"captures=", "allow_other=1", "rw,nonsense=3", "allow_others"};
 
 	for (size_t i = 0; i < FFS_ARRAY_LEN(lists); i++) {
 		struct ffs_mount_options opt;

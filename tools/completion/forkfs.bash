@@ -49,7 +49,7 @@ _forkfs() {
 	COMPREPLY=()
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
-		--mount | --pid | --qemu | --coop | --disk | --owner | --store | -o)
+		--mount | --pid | --qemu | --coop | --disk | --owner | --store | --key | -o)
 			[[ ${COMP_WORDS[i + 1]} == = ]] && ((i++))
 			((i++))
 			;;
@@ -79,11 +79,11 @@ _forkfs() {
 		;;
 	-o)
 		[[ $command == mount ]] || return
-		mapfile -t COMPREPLY < <(compgen -W 'allow_other branch=off branch-rate= lease= memory= captures= passthrough=off store= default-store=' -- "$current")
+		mapfile -t COMPREPLY < <(compgen -W 'allow_other branch=off branch-rate= lease= memory= captures= cache-age= cache-size= cache-store= passthrough=off store= default-store=' -- "$current")
 		compopt -o nospace
 		return
 		;;
-	--disk | --owner) return ;;
+	--disk | --owner | --key) return ;;
 	esac
 
 	if [[ $current == -* ]]; then
@@ -93,7 +93,7 @@ _forkfs() {
 		umount) options='--help' ;;
 		attach) options='--pid --qemu --coop --disk --track --owner --json --mount --help' ;;
 		ls | status) options='--json --mount --help' ;;
-		branch) options='--live --diff --full --no-wait --store --json --mount --help' ;;
+		branch) options='--live --diff --full --no-wait --store --key --json --mount --help' ;;
 		detach | wait | rm) options='--mount --help' ;;
 		doctor) options='--json --help' ;;
 		esac
