@@ -9,15 +9,15 @@ from forkfs_test import disks, rig
 TIMEOUT = {"test_same_instant_xfs": 240}
 
 
-def journal_guest(case, where, name="sbx1", **options):
+def journal_guest(case, where, disk="plain"):
     """A guest that writes a journaled file system whose image is in a directory."""
-    return case.guest(name, mib=128, run=["journal"], disk="plain", image=disks.image(case, where), **options).booted()
+    return case.guest(mib=128, run=["journal"], disk=disk, image=disks.image(case, where)).booted()
 
 
-def attach(case, guest, options=""):
+def attach(case, guest, path=None):
     """Mount, and attach the guest with its disk; (mount, sandbox)."""
-    mount = case.mount(options=options)
-    return mount, mount.attach(guest, None, "--disk", f"root={guest.disk}")
+    mount = case.mount()
+    return mount, mount.attach(guest, None, "--disk", f"root={path or guest.disk}")
 
 
 def take(mount, sandbox, name):
@@ -55,8 +55,8 @@ def test_same_instant_xfs(case):
 
 
 def test_same_instant_btrfs(case):
-    """The same on btrfs."""
-    guest = journal_guest(case, disks.filesystem(case, "btrfs"))
+    """The same on btrfs, the disk served by a thread of its own in the VMM."""
+    guest = journal_guest(case, disks.filesystem(case, "btrfs"), disk="iothread")
     mount, sandbox = attach(case, guest)
     check_branches(case, guest, mount, sandbox, 4, "clone")
 
@@ -105,6 +105,27 @@ def test_child_on_the_captured_disk(case):
     assert disk.read_bytes() == before, "the child has written the branch's disk"
     child.stop()
     guest.check_runs(within=10)
+
+
+def test_qcow2_overlay(case):
+    """An image with metadata of its own: a child runs on the captured one, whose backing file nobody writes."""
+    where = disks.filesystem(case, "xfs")
+    guest = journal_guest(case, where)
+    overlay = where / "overlay.qcow2"
+    guest.qmp.execute("blockdev-snapshot-sync", device="d0", **{"snapshot-file": str(overlay)})
+    guest.console.wait(r"^journal \d+$", timeout=60, start=guest.console.mark())
+    mount, sandbox = attach(case, guest, overlay)
+    for name in ("b1", "b2"):
+        branch = take(mount, sandbox, name)
+        assert rig.wait_settled(branch) == "ready"
+        child = guest.child(name, branch / "memory.bin", branch / "vmstate", disk=branch / "disks" / "root", image_format="qcow2")
+        child.go()
+        child.console.wait(r"^journal \d+$", timeout=60)
+        child.check_sane()
+        bad = [m.string for _, m in child.console.all(r"EXT4-fs error|I/O error|journal: ")]
+        assert not bad, f"the child's file system: {bad[:3]}"
+        child.stop()
+        guest.console.wait(r"^journal \d+$", timeout=60, start=guest.console.mark())
 
 
 def refused(code, function, *args):

@@ -39,15 +39,16 @@ class Guest:
     run       what the guest starts, e.g. ["counter", "load,mib=64"]
     disk      None, "plain" or "iothread"
     image     the file behind the disk, which is there already; by default an empty one in the guest's own directory
+    image_format  raw or qcow2
     overlay   the disk's writes go to a temporary file: the image is opened for reading only
     Two QMP sockets: `qmp_path` is left to forkfs; `qmp` is the test's own, which also counts events.
     """
 
     def __init__(self, case, name, run=("counter",), machine=None, mib=256, backend="memfd", smp=2, disk=None,
-                 memory=None, stream=None, image=None, overlay=False):
+                 memory=None, stream=None, image=None, image_format="raw", overlay=False):
         self.case, self.name, self.mib, self.smp = case, name, mib, smp
         self.machine = machine or ("q35" if disk else "microvm")
-        self.run, self.disk_kind, self.overlay = list(run), disk, overlay
+        self.run, self.disk_kind, self.image_format, self.overlay = list(run), disk, image_format, overlay
         self.dir = case.dir / f"vm-{name}"
         self.dir.mkdir()
         self.qmp_path = str(self.dir / "qmp")
@@ -96,7 +97,7 @@ class Guest:
             if self.disk_kind == "iothread":
                 command += ["-object", "iothread,id=io0"]
                 device += ",iothread=io0"
-            command += ["-drive", f"file={self.disk},format=raw,if=none,id=d0{',snapshot=on' if self.overlay else ''}",
+            command += ["-drive", f"file={self.disk},format={self.image_format},if=none,id=d0{',snapshot=on' if self.overlay else ''}",
                         "-device", device]
         return command
 
@@ -109,11 +110,11 @@ class Guest:
             said = (self.dir / "stderr").read_text().strip()
             raise AssertionError(f"the child could not load {stream}: {said}")
 
-    def child(self, name, memory, stream, disk=None):
+    def child(self, name, memory, stream, disk=None, image_format="raw"):
         """A VM that goes on from a branch's two files; stopped until `go`. disk: a captured one, used through an overlay."""
         if disk:
             return Guest(self.case, name, run=self.run, machine=self.machine, mib=self.mib, smp=self.smp, disk=self.disk_kind,
-                         memory=memory, stream=stream, image=disk, overlay=True)
+                         memory=memory, stream=stream, image=disk, image_format=image_format, overlay=True)
         other = Guest(self.case, name, run=self.run, machine=self.machine, mib=self.mib, smp=self.smp,
                       disk=self.disk_kind, memory=memory, stream=stream)
         if self.disk:
