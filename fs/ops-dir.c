@@ -341,43 +341,9 @@ void ffs_op_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 	ffs_call_end(&call, dir);
 }
 
-/* Tree lock held: the node of a name in a listing that gives attributes along, counted; NULL: none is given.
- * Not for a ctl (a node for nothing) nor for branch/ (whose nodes are the caller's). */
-static struct ffs_node *node_for_plus(struct ffs_call *call, struct ffs_node *dir, const char *name)
-{
-	struct ffs_node *n = NULL;
-
-	if (name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2])))
-		return NULL;
-	if (dir->key.kind == FFS_KIND_LIVE || strcmp(name, ffs_kind_name(FFS_KIND_META_CTL)) == 0)
-		return NULL;
-	return find(call, dir, name, &n) < 0 ? NULL : n;
-}
-
-static size_t add_plus(struct ffs_call *call, struct ffs_node *dir, const struct ffs_dirent *d, char *buf,
-	size_t room, off_t next)
-{
-	struct fuse_entry_param e = {.attr = {.st_ino = d->ino, .st_mode = d->type}};
-	size_t need = fuse_add_direntry_plus(call->req, NULL, 0, d->name, NULL, 0);
-
-	if (need > room)
-		return need;
-	pthread_mutex_lock(&call->fs->lock);
-	struct ffs_node *n = node_for_plus(call, dir, d->name);
-
-	if (n) {
-		e.ino = n->id;
-		ffs_node_attr(call->fs, n, &e.attr);
-		e.attr_timeout = ffs_node_attr_ttl(call->fs, n);
-		e.entry_timeout = ffs_node_entry_ttl(call->fs, n);
-		n->lookups++;
-	}
-	pthread_mutex_unlock(&call->fs->lock);
-	return fuse_add_direntry_plus(call->req, buf, room, d->name, &e, next);
-}
-
-static void read_listing(
-	fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi, bool plus)
+/* There is no readdirplus: the kernel forgets what it knows of an entry's ACLs with each, and asks again for all
+ * of them when ls -l does. */
+void ffs_op_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi)
 {
 	struct ffs_call call;
 	struct ffs_node *dir = ffs_call_begin(&call, req, ino);
@@ -399,8 +365,7 @@ static void read_listing(
 	for (uint64_t i = (uint64_t)off; buf && h && i < h->n_entries; i++) {
 		const struct ffs_dirent *d = &h->entries[i];
 		struct stat st = {.st_ino = d->ino, .st_mode = d->type};
-		size_t n = plus ? add_plus(&call, dir, d, buf + used, size - used, (off_t)i + 1)
-				: fuse_add_direntry(req, buf + used, size - used, d->name, &st, (off_t)i + 1);
+		size_t n = fuse_add_direntry(req, buf + used, size - used, d->name, &st, (off_t)i + 1);
 
 		if (n > size - used)
 			break;
@@ -417,16 +382,6 @@ static void read_listing(
 		pthread_mutex_unlock(&call.fs->lock);
 	}
 	ffs_call_end(&call, dir);
-}
-
-void ffs_op_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi)
-{
-	read_listing(req, ino, size, off, fi, false);
-}
-
-void ffs_op_readdirplus(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi)
-{
-	read_listing(req, ino, size, off, fi, true);
 }
 
 void ffs_op_releasedir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)

@@ -239,7 +239,6 @@ const struct fuse_lowlevel_ops ffs_operations = {
 	.fsync = ffs_op_fsync,
 	.opendir = ffs_op_opendir,
 	.readdir = ffs_op_readdir,
-	.readdirplus = ffs_op_readdirplus,
 	.releasedir = ffs_op_releasedir,
 	.fsyncdir = ffs_op_fsyncdir,
 	.statfs = op_statfs,

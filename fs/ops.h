@@ -18,7 +18,6 @@ void ffs_op_forget_multi(fuse_req_t req, size_t count, struct fuse_forget_data *
 void ffs_op_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi);
 void ffs_op_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi);
 void ffs_op_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi);
-void ffs_op_readdirplus(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi);
 void ffs_op_releasedir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi);
 void ffs_op_fsyncdir(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi);
 void ffs_op_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode);
