@@ -127,7 +127,17 @@ enum ffs_branch_state { FFS_BRANCH_WRITING, FFS_BRANCH_READY, FFS_BRANCH_FAILED 
 /* "writing" | "ready" | "failed" */
 const char *ffs_branch_state_name(enum ffs_branch_state s);
 
+enum ffs_branch_mode {
+	FFS_BRANCH_LIVE, /* the guest stops for the instant only */
+	FFS_BRANCH_DIFF, /* it stops until what was written since the parent's instant is copied; the rest is
+			    the parent's. Needs tracking and a parent */
+	FFS_BRANCH_FULL, /* it stops until everything is copied */
+};
+/* "live" | "diff" | "full" */
+const char *ffs_branch_mode_name(enum ffs_branch_mode m);
+
 struct ffs_branch_options {
+	enum ffs_branch_mode mode;
 	const char *name;    /* shown in status and log; NULL for an unnamed one */
 	uint64_t timeout_ns; /* bound on pre-arm + pause, and on waiting for another branch of the sandbox; 0:
 				30 s. Past it: EAGAIN before the pause, and the guest runs */
@@ -137,8 +147,10 @@ struct ffs_branch_options {
 		       torn_possible; EBUSY otherwise */
 };
 
-/* Take a live branch. Returns when the guest runs again (or still), with a branch that is WRITING and
- * readable; the capture goes on in the engine's threads. On failure the guest runs as before (a VM that was
+/* Take a branch. Returns when the guest runs again (or still): a live one is WRITING then and readable, and
+ * its capture goes on in the engine's threads; a diff or full one is READY. Where the sandbox is tracked,
+ * live and diff share with their parent what was not written since its instant: the parent is the last named
+ * branch that is ready and still held by somebody. ENOENT: a diff without parent. On failure the guest runs as before (a VM that was
  * found paused stays paused) and *out is untouched. Errors: ESRCH (VM gone), EAGAIN (timeout_ns), EINTR
  * (cancel), EBUSY (other writers, see force), ETIMEDOUT (VMM did not stop in 2 s; it was told to run on),
  * ENOSPC (memory of images, room for disks: before the pause), ENOMEM, EIO, ENOTSUP with the sentence. */
@@ -164,8 +176,12 @@ uint64_t ffs_branch_image_bytes(struct ffs_branch *b);
 ssize_t ffs_branch_read_memory(struct ffs_branch *b, void *buf, size_t len, uint64_t off);
 /* The memory image, dense offsets, once READY: a read-only descriptor of a file in memory that nobody can open
  * for writing (EROFS), or of a sealed memfd where there is no privilege to mount (engine/branch/image.c). Owned by
- * the branch, valid as long as it. -EAGAIN while WRITING, -EIO when FAILED. Holes of it are zero pages. */
+ * the branch, valid as long as it. -EAGAIN while WRITING, -EIO when FAILED, -ENODATA when it shares
+ * pages with a parent (ffs_branch_read_memory() has all of them). Holes of it are zero pages. */
 int ffs_branch_memory_fd(struct ffs_branch *b);
+/* The same, owned by the caller, of any READY branch: one that shares pages with a parent is put together in a
+ * memfd of its own, which takes time and as much memory as the branch has. */
+int ffs_branch_whole_fd(struct ffs_branch *b, struct ffs_error *err);
 
 /* vmstate is complete when ffs_branch_take() returned. */
 uint64_t ffs_branch_vmstate_size(const struct ffs_branch *b);
@@ -195,11 +211,11 @@ bool ffs_branch_unwatch(struct ffs_branch *b, struct ffs_branch_watch *w);
 /* Wait until it is READY (0) or FAILED (-EIO and the reason); -EINTR when cancelled. */
 int ffs_branch_wait(struct ffs_branch *b, struct ffs_cancel *cancel, struct ffs_error *err);
 
-/* New JSON objects owned by the caller. status: id, sandbox, name, state, error, mode, store, memory_bytes,
- * captured_bytes, vmstate_bytes, instant (RFC 3339), pause_ns,
+/* New JSON objects owned by the caller. status: id, sandbox, name, state, error, mode, parent (id or null), store,
+ * memory_bytes, captured_bytes, shared_bytes, image_bytes, vmstate_bytes, instant (RFC 3339), pause_ns,
  * phases{scan_ns,prearm_ns,converge_ns,stop_ns,vmstate_ns,arm_ns,resume_ns,capture_ns}, faults, fault_max_ns,
  * fault_histogram_us, converge_rounds, dirty_at_pause_pages. manifest: what a restore needs: format, id,
- * sandbox, instant, mode, memory{size,regions}, vmstate{size,kind},
+ * sandbox, instant, mode, parent, memory{size,regions}, vmstate{size,kind},
  * vmm{kind,version,command_line,accelerator}, pause_ns, phases. The manifest is complete only when READY
  * (-EAGAIN before). */
 int ffs_branch_status(struct ffs_branch *b, struct json_object **out);

@@ -20,6 +20,7 @@ struct ffs_request {
 	bool cached;       /* the branch of the key was there */
 	pid_t pid;
 	bool track, wait, without_disks;
+	enum ffs_branch_mode mode;
 	struct ffs_disk_name *disks; /* n_disks, their strings owned */
 	unsigned n_disks;
 	bool has_owner, owner_writes;

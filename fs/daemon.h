@@ -54,6 +54,7 @@ struct ffs_shot {
 	/* tree lock: */
 	enum ffs_branch_state state; /* as clients see it: changes before any waiter is answered */
 	struct ffs_error failure;    /* while FAILED */
+	bool dense;                  /* READY with an image of its own: served by passthrough */
 	char *manifest;              /* once READY; NULL if it could not be made */
 	size_t manifest_len;
 	struct ffs_list waiters; /* struct ffs_waiter: until it is no longer WRITING */

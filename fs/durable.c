@@ -18,6 +18,7 @@
 
 #include "base/fault.h"
 #include "base/log.h"
+#include "base/cleanup.h"
 #include "base/util.h"
 #include "store/store.h"
 
@@ -187,10 +188,13 @@ static int write_branch(struct ffs_durable *d, struct ffs_error *err)
 	struct ffs_stored *share = d->kind == FFS_STORE_PACKED ? find_share(s) : NULL;
 	struct json_object *manifest = NULL;
 	int r = FFS_FAULT("store-memory");
+	int memory = r < 0 ? r : ffs_branch_whole_fd(s->branch, err);
 
 	if (!r)
-		r = ffs_draft_memory(d->draft, ffs_branch_memory_fd(s->branch), s->memory_size, d->kind,
-			share, &d->progress, err);
+		r = memory < 0 ? memory
+			       : ffs_draft_memory(
+					 d->draft, memory, s->memory_size, d->kind, share, &d->progress, err);
+	ffs_close_fd(&memory);
 	ffs_stored_unref(share);
 	if (!r)
 		r = FFS_FAULT("store-vmstate");

@@ -55,7 +55,8 @@ struct ffs_node *ffs_live_lookup(struct ffs_call *call, struct ffs_node *dir, in
 		g = ffs_gen_peek(
 			dir->sbx->gens, text, file_of(kind), ffs_caller_who(&call->who), ffs_now_ns());
 	struct ffs_live *live = g ? g->data : NULL;
-	bool settled = live && live->shot && live->shot->state == FFS_BRANCH_READY;
+	bool settled = live && live->shot && live->shot->state == FFS_BRANCH_READY &&
+		       (live->shot->dense || kind != FFS_KIND_LIVE_MEMORY);
 
 	key.mode = writer                                 ? FFS_MODE_DIRECT
 		   : settled && atomic_load(&fs->pass.on) ? FFS_MODE_PASS

@@ -88,8 +88,10 @@ static int take(struct ffs_named *n, const struct ffs_take_options *how, struct 
 	struct ffs_shot **out, struct ffs_error *err)
 {
 	struct ffs_fs *fs = n->sbx->fs;
-	struct ffs_branch_options opt = {
-		.name = n->name, .timeout_ns = how->timeout_ns, .without_disks = how->without_disks};
+	struct ffs_branch_options opt = {.name = n->name,
+		.mode = how->mode,
+		.timeout_ns = how->timeout_ns,
+		.without_disks = how->without_disks};
 	struct ffs_branch *branch = NULL;
 	struct ffs_sandbox *engine;
 	int r = FFS_FAULT("fs-mkdir");

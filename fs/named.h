@@ -10,6 +10,7 @@ int ffs_named_reserve(struct ffs_sbx *sbx, const char *name, const struct ffs_ca
 struct ffs_take_options {
 	uint64_t timeout_ns; /* see struct ffs_branch_options */
 	bool without_disks;
+	enum ffs_branch_mode mode;
 	bool has_store; /* for a cached branch: where it goes, if not where the mount's go */
 	enum ffs_store_kind store;
 };

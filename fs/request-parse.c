@@ -207,20 +207,6 @@ static int parse_attach(struct json_object *o, struct ffs_request *req, struct f
 	return parse_disks(o, req, err);
 }
 
-static int parse_choice(struct json_object *o, const char *key, const char *have, const char *later1,
-	const char *later2, struct ffs_error *err)
-{
-	const char *v;
-	int r = get_string(o, "branch", key, 64, &v, err);
-
-	if (r < 0 || !v || strcmp(v, have) == 0)
-		return r;
-	if (strcmp(v, later1) == 0 || strcmp(v, later2) == 0)
-		return ffs_error_set(
-			err, EOPNOTSUPP, "branch: this version has the %s '%s' only, not '%s'", key, have, v);
-	return ffs_error_set(err, EINVAL, "branch: there is no %s '%s'", key, v);
-}
-
 static int parse_store(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
 	const char *v;
@@ -233,6 +219,22 @@ static int parse_store(struct json_object *o, struct ffs_request *req, struct ff
 			err, EINVAL, "branch: there is no store '%s' (memory, dense, packed)", v);
 	req->has_store = true;
 	return 0;
+}
+
+static int parse_mode(struct json_object *o, enum ffs_branch_mode *out, struct ffs_error *err)
+{
+	static const enum ffs_branch_mode modes[] = {FFS_BRANCH_LIVE, FFS_BRANCH_DIFF, FFS_BRANCH_FULL};
+	const char *v;
+	int r = get_string(o, "branch", "mode", 64, &v, err);
+
+	if (r < 0 || !v)
+		return r;
+	for (unsigned i = 0; i < FFS_ARRAY_LEN(modes); i++)
+		if (strcmp(v, ffs_branch_mode_name(modes[i])) == 0) {
+			*out = modes[i];
+			return 0;
+		}
+	return ffs_error_set(err, EINVAL, "branch: there is no mode '%s': live, diff or full", v);
 }
 
 static int parse_branch(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
@@ -251,7 +253,7 @@ static int parse_branch(struct json_object *o, struct ffs_request *req, struct f
 	if (!r && !key)
 		r = get_name(o, "branch", "branch", req->name, err);
 	if (!r)
-		r = parse_choice(o, "mode", "live", "diff", "full", err);
+		r = parse_mode(o, &req->mode, err);
 	if (!r)
 		r = parse_store(o, req, err);
 	if (!r)

@@ -167,6 +167,7 @@ static void settle(struct ffs_work *w)
 	pthread_mutex_lock(&fs->lock);
 	s->state = state;
 	s->failure = why;
+	s->dense = state == FFS_BRANCH_READY && ffs_branch_memory_fd(s->branch) >= 0;
 	s->manifest = manifest;
 	s->manifest_len = len;
 	struct ffs_shot *next = ffs_durable_successor(s);
@@ -227,7 +228,7 @@ struct ffs_shot *ffs_shot_plain(struct ffs_sbx *sbx)
 bool ffs_shot_is_file(const struct ffs_shot *s, bool memory)
 {
 	if (!s->stored)
-		return s->branch != NULL;
+		return s->branch && (!memory || s->dense);
 	return atomic_load(&s->fs->store_pass) && (!memory || ffs_stored_kind(s->stored) == FFS_STORE_DENSE);
 }
 

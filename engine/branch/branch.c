@@ -20,6 +20,11 @@
 #include "base/fault.h"
 #include "branch/internal.h"
 
+const char *ffs_branch_mode_name(enum ffs_branch_mode m)
+{
+	return m == FFS_BRANCH_LIVE ? "live" : m == FFS_BRANCH_DIFF ? "diff" : "full";
+}
+
 const char *ffs_branch_state_name(enum ffs_branch_state s)
 {
 	return s == FFS_BRANCH_WRITING ? "writing" : s == FFS_BRANCH_READY ? "ready" : "failed";
@@ -104,6 +109,10 @@ void ffs_branch_put(struct ffs_branch *b)
 		free((void *)b->need[i]);
 		free((void *)b->zeros[i]);
 	}
+	/* children may need its pages for longer: then it counts for as long */
+	if (b->layer && b->budget && ffs_layer_charge(b->layer, b->budget, b->memory_taken))
+		b->memory_taken = 0;
+	ffs_layer_unref(b->layer);
 	ffs_image_close(&b->image);
 	if (b->budget)
 		ffs_budget_release(b->budget, b->memory_reserved, b->memory_taken);
@@ -132,6 +141,7 @@ void ffs_branch_unref(struct ffs_branch *b)
 		return;
 	if (atomic_load(&b->state) == FFS_BRANCH_WRITING)
 		ffs_branch_fail(b, ECANCELED, "branch of %s cancelled: nobody holds it any more", b->sandbox);
+	ffs_lineage_forget(b->tracker, b);
 	ffs_branch_put(b);
 }
 
@@ -340,7 +350,8 @@ int ffs_branch_memory_fd(struct ffs_branch *b)
 {
 	switch (ffs_branch_state(b)) {
 	case FFS_BRANCH_READY:
-		return b->image.fd;
+		/* what is the parent's is not in it */
+		return b->layer && ffs_layer_parent(b->layer) ? -ENODATA : b->image.fd;
 	case FFS_BRANCH_WRITING:
 		return -EAGAIN;
 	default:
@@ -390,7 +401,8 @@ ssize_t ffs_branch_read_memory(struct ffs_branch *b, void *buf, size_t len, uint
 	}
 	if (ffs_branch_failed(b))
 		return -EIO;
-	ssize_t n = ffs_pread_full(b->image.fd, buf, len, off);
+	ssize_t n = b->layer ? ffs_layer_read(b->layer, b->image.fd, buf, len, off)
+			     : ffs_pread_full(b->image.fd, buf, len, off);
 
 	/* the image of one that fails just now is emptied */
 	return ffs_branch_failed(b) ? -EIO : n;

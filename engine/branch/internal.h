@@ -20,6 +20,7 @@
 #include "base/util.h"
 #include "branch/budget.h"
 #include "branch/image.h"
+#include "branch/lineage.h"
 #include "branch/pages.h"
 #include "disk/disks.h"
 #include "forkfs-engine.h"
@@ -83,6 +84,9 @@ struct ffs_tracker {
 	bool touched;       /* some may be: after a registration or a release that was not completed */
 	bool releasing;     /* a copier is unregistering */
 	unsigned in_flight; /* armed branches */
+	/* whose pages the next one shares, and who comes after it; NULL: none (lineage.h). Held by others:
+	 * ffs_lineage_forget() takes them out */
+	struct ffs_branch *parent, *heir;
 	struct ffs_error end_reason;
 
 	pthread_t handler, copiers[FFS_COPIERS];
@@ -116,6 +120,11 @@ struct ffs_branch {
 	struct json_object *vmm;      /* what the driver said: read-only */
 	struct json_object *torn;     /* sentences of what was overruled by force; NULL: nothing; read-only */
 	struct ffs_disk_images disks; /* fixed once the branch was taken */
+	enum ffs_branch_mode mode;
+	struct ffs_layer *layer; /* NULL without tracking */
+	uint64_t shared_bytes;   /* of memory that are the parent's */
+	bool has_parent;         /* for the thread that takes it, both */
+	bool heir;               /* before the instant: there is one; from it on: it is the one */
 	struct ffs_phases phases;
 
 	struct ffs_tracker *tracker; /* a reference, until the branch is freed */

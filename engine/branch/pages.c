@@ -73,6 +73,8 @@ void ffs_pages_free(struct ffs_pages *p)
 		free((void *)p->r[i].lock);
 		free(p->r[i].writable);
 		free((void *)p->r[i].dirty);
+		free(p->r[i].changed);
+		free(p->r[i].since);
 	}
 	free(p);
 }
@@ -277,6 +279,10 @@ int ffs_pages_sweep(struct ffs_pages_region *r, int uffd, uint64_t slice, uint64
 	if (e == 0 && faults)
 		e = FFS_FAULT("sweep-window");
 	if (e == 0) {
+		for (uint64_t c = first; c < end && r->changed; c++) {
+			r->changed[c] |= r->writable[c];
+			r->since[c] |= r->writable[c];
+		}
 		for (uint64_t c = first; c < end; c++)
 			r->writable[c] = 0;
 		atomic_store(&r->dirty[slice], 0);

@@ -44,6 +44,8 @@ struct ffs_pages_region {
 	ffs_mask *writable;     /* per cluster, under its lock */
 	_Atomic uint8_t *dirty; /* per slice: has writable pages, or is about to; set under a cluster's lock,
 				   cleared under all of the slice's */
+	/* per cluster, pages that a sweep found writable: see lineage.h; NULL without tracking */
+	ffs_mask *changed, *since;
 };
 
 struct ffs_pages {

@@ -196,7 +196,8 @@ static void add_branch_head(struct json_object *o, struct ffs_branch *b)
 	add_str(o, "sandbox", b->sandbox);
 	add_str(o, "name", b->name[0] ? b->name : NULL);
 	add_time(o, "instant", b->instant_wall_ns);
-	add_str(o, "mode", "live");
+	add_str(o, "mode", ffs_branch_mode_name(b->mode));
+	add_str(o, "parent", b->layer ? ffs_layer_parent(b->layer) : NULL);
 	if (b->torn)
 		json_object_object_add(o, "torn_possible", copy_of(b->torn));
 }
@@ -263,6 +264,7 @@ int ffs_branch_status(struct ffs_branch *b, struct json_object **out)
 	add_str(o, "store", "memory"); /* gone with the daemon */
 	add_u64(o, "memory_bytes", b->geo.memory_size);
 	add_u64(o, "captured_bytes", b->geo.memory_size - atomic_load(&b->remaining));
+	add_u64(o, "shared_bytes", b->shared_bytes); /* with the parent: neither copied nor held */
 	add_u64(o, "image_bytes", memory);
 	add_u64(o, "vmstate_bytes", b->vmstate_size);
 	add_disks(o, b);

@@ -1,4 +1,4 @@
-/* Takes a live branch: the protocol, in the order on which everything depends.
+/* Takes a branch: the protocol, in the order on which everything depends.
  *
  *     pre-arm    (running)  write-protect all guest memory in slices; a fault only marks the page dirty and
  * lets it go converge   (running)  re-protect what was dirtied, until little is left or it stops shrinking
@@ -8,6 +8,8 @@
  *     disks      (paused)   clone the disks that were named at attach: the VMM's I/O is drained, its caches
  * are flushed resume                guest first: whatever failed above capture    (running)  the tracker's
  * threads
+ *
+ * A branch of mode full or diff is copied (stopped.c) where a live one is armed.
  *
  * Runs in the caller's thread, which owns sb->busy, so nobody else uses the driver or replaces the tracker.
  * Holds no mutex while it waits for the VMM. */
@@ -22,6 +24,7 @@
 #include "base/log.h"
 #include "branch/internal.h"
 #include "branch/sandbox.h"
+#include "branch/stopped.h"
 #include "branch/sweep.h"
 #include "uffd/uffd.h"
 
@@ -94,6 +97,24 @@ static int arm(struct take *k, struct ffs_error *err)
 	return 0;
 }
 
+/* The instant of a branch for which the guest stays stopped, up to its last byte. Protected first where
+ * tracking wants to know what is written from now on. */
+static int copy_stopped(struct take *k, struct ffs_error *err)
+{
+	uint64_t start = ffs_now_ns(), swept = 0;
+	int e = k->t->track ? sweep(k, true, &swept, err) : 0;
+
+	if (e < 0)
+		return e;
+	ffs_priority_self(0); /* what comes takes long, and nobody waits for us with real-time priority */
+	k->b->instant_wall_ns = ffs_wall_ns();
+	k->b->armed_ns = ffs_now_ns();
+	k->b->phases.dirty_at_pause = swept;
+	k->b->phases.arm_ns = k->b->armed_ns - start;
+	ffs_lineage_inherit(k->t, k->b);
+	return ffs_stopped_capture(k->t, k->b, k->cancel, k->deadline_ns, err);
+}
+
 /* After arm, guest stopped: QEMU's stop returns when its block layer is drained and flushed (do_vm_stop:
  * bdrv_drain_all, bdrv_flush_all), so the files hold every write that the guest was told is done, and no
  * other comes. */
@@ -145,7 +166,7 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 
 	ffs_priority_find(&k->t->wd->lent, k->t->proc.pid);
 	ffs_copier_hold(k->t, true);
-	if (FFS_MUTANT("arm-before-pause"))
+	if (FFS_MUTANT("arm-before-pause") && k->b->mode == FFS_BRANCH_LIVE)
 		e = arm(k, err);
 	if (e == 0 && k->was_running) {
 		atomic_store(&k->t->wd->pausing, 1); /* before the stop: who finds it set asks the VMM */
@@ -163,7 +184,11 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 		e = vmm->ops->save(vmm, t1 + FFS_PAUSE_LIMIT_NS, err);
 		ph->vmstate_ns = ffs_now_ns() - t1;
 	}
-	if (e == 0 && !k->armed && !FFS_MUTANT("arm-after-resume"))
+	bool live = k->b->mode == FFS_BRANCH_LIVE;
+
+	if (e == 0 && !live)
+		e = copy_stopped(k, err);
+	else if (e == 0 && !k->armed && !FFS_MUTANT("arm-after-resume"))
 		e = arm(k, err);
 	if (e == 0 && k->with_disks && !FFS_MUTANT("disks-after-resume"))
 		e = capture_disks(k, err);
@@ -180,7 +205,7 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 	ffs_priority_self(0);
 	if (r < 0 && e == 0)
 		e = ffs_error_set(err, why.code, "%s", why.text);
-	if (e == 0 && !k->armed)
+	if (e == 0 && live && !k->armed)
 		e = arm(k, err);
 	if (e == 0 && k->with_disks && FFS_MUTANT("disks-after-resume"))
 		e = capture_disks(k, err);
@@ -281,8 +306,12 @@ static int run_protocol(struct take *k, struct ffs_error *err)
 	}
 	atomic_store(&k->t->taking, 1);
 	k->removes = atomic_load(&k->t->removes);
-	e = ffs_tracker_register(k->t, err);
-	if (e == 0)
+	bool live = k->b->mode == FFS_BRANCH_LIVE;
+
+	/* without tracking a stopped guest needs no protection: the branch owes nothing to it */
+	if (live || k->t->track)
+		e = ffs_tracker_register(k->t, err);
+	if (e == 0 && (live || k->t->track))
 		e = prearm_and_converge(k, err);
 	if (e == 0)
 		e = stop_asked(k, err);
@@ -294,10 +323,17 @@ static int run_protocol(struct take *k, struct ffs_error *err)
 	/* resume may have connected anew; without the watchdog's duplicate this branch is still right */
 	if (ffs_tracker_follow_socket(k->t, vmm, &lost) < 0)
 		ffs_log(FFS_LOG_WARN, "%s: %s", k->sb->name, lost.text);
+	/* also a live branch, which is whole so far: its copiers have not begun */
+	if (e == 0 && live)
+		ffs_lineage_inherit(k->t, k->b);
 	if (e == 0)
 		e = collect_vmstate(k, err);
 	if (e == 0 && k->with_disks)
 		e = ffs_disk_images_seal(&k->b->disks, err);
+	if (e == 0 && !live)
+		e = ffs_stopped_settle(k->t, k->b, err);
+	if (e == 0)
+		ffs_lineage_taken(k->t, k->b);
 	if (e < 0 && k->armed)
 		ffs_branch_fail(
 			k->b, -e, "%s", err && err->text[0] ? err->text : "the branch could not be taken");
@@ -326,6 +362,28 @@ static int take_permit(struct take *k, const char *name, struct ffs_error *err)
 	return r;
 }
 
+/* What the mode asks for beyond what every branch needs. */
+static int prepare_mode(struct take *k, struct ffs_error *err)
+{
+	int e = ffs_lineage_begin(k->t, k->b, err);
+
+	if (e < 0 || k->b->mode != FFS_BRANCH_DIFF || k->b->has_parent)
+		return e;
+	if (!k->t->track)
+		return ffs_error_set(err, ENOTSUP,
+			"%s is not tracked, so nobody knows what changed: attach it with track to take a diff",
+			k->sb->name);
+	if (k->b->heir)
+		return ffs_error_set(err, EAGAIN,
+			"the first branch of %s that a diff could build on is still being captured: wait "
+			"until it is ready",
+			k->sb->name);
+	return ffs_error_set(err, ENOENT,
+		"%s has no branch that a diff could build on (named, ready, not removed, taken since it was "
+		"attached): take a live or full one first",
+		k->sb->name);
+}
+
 int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt, struct ffs_cancel *cancel,
 	struct ffs_branch **out, struct ffs_error *err)
 {
@@ -348,26 +406,32 @@ int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt
 	e = ffs_sandbox_ready_tracker(sb, &k.t, err);
 	if (e < 0)
 		goto out;
-	e = reserve_slot(&k, &slot, err);
+	bool live = opt->mode == FFS_BRANCH_LIVE;
+
+	e = live ? reserve_slot(&k, &slot, err) : 0;
 	if (e < 0)
 		goto out;
 	k.b = ffs_branch_new(sb, k.t, opt->name, err);
 	if (!k.b) {
-		free_slot(k.t, slot);
+		if (live)
+			free_slot(k.t, slot);
 		e = -err->code;
 		goto out;
 	}
 	k.b->slot = slot;
 	k.b->permits = ffs_permits_ref(sb->engine->permits);
 	k.permit = false;
-	e = ffs_sandbox_scan(sb, opt->force, &k.b->phases.scan_ns, &k.b->torn, err);
+	k.b->mode = opt->mode;
+	e = prepare_mode(&k, err);
+	if (e == 0)
+		e = ffs_sandbox_scan(sb, opt->force, &k.b->phases.scan_ns, &k.b->torn, err);
 	k.with_disks = sb->disks && !opt->without_disks;
 	if (e == 0 && k.with_disks)
 		e = prepare_disks(&k, err);
 	if (e == 0)
 		e = run_protocol(&k, err);
 	if (e < 0) {
-		if (!k.armed)
+		if (live && !k.armed)
 			free_slot(k.t, slot); /* else the copier that settles it does */
 		ffs_branch_unref(k.b);
 		ffs_tracker_release_idle(k.t);

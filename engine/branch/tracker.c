@@ -542,7 +542,9 @@ int ffs_tracker_new(struct ffs_engine *engine, struct ffs_vmm *vmm, const struct
 	}
 	if (mlock(t->fault_buf, t->pages->copy_max) < 0)
 		ffs_log(FFS_LOG_INFO, "the fault handler's memory is not locked: raise RLIMIT_MEMLOCK");
-	e = ffs_memory_open(vmm->proc, geo, &t->memory, err);
+	e = ffs_lineage_init(t, err);
+	if (e == 0)
+		e = ffs_memory_open(vmm->proc, geo, &t->memory, err);
 	if (e < 0)
 		goto fail;
 	t->pidfd = (int)syscall(SYS_pidfd_open, vmm->proc.pid, 0);

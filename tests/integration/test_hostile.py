@@ -302,7 +302,6 @@ def garbage():
     pairs = [(data, (errno.EINVAL,)) for data in bad]
     pairs += [(b'{"branch":{"name":"' + b"x" * (300 << 10), (errno.EFBIG,)),
               (b'{"branch":{"name":"b","x":[' + b"1," * 200000, (errno.EFBIG,)),
-              (b'{"branch":{"name":"b","mode":"diff"}}', (errno.EOPNOTSUPP,)),
               (b'{"branch":{"name":"b","store":"packed"}}', (errno.EOPNOTSUPP,))]
     pairs += [(data, None) for data in (b"", b"{", b'{"branch"', b'{"branch":{"name":"b"}', b" \n\t ", b"[[[[")]
     return pairs

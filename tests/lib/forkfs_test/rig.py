@@ -1,6 +1,7 @@
 """A guest, a mount and a sandbox put together, and branches whose truth is known."""
 
 import errno
+import json
 import os
 import pathlib
 import threading
@@ -42,18 +43,38 @@ def metric(r, name):
     raise AssertionError(f"no metric {name}")
 
 
-class Making(threading.Thread):
-    """mkdir of a branch in a thread: `finish` gives back what came of it."""
+def request(ctl, **body):
+    """Ask a sandbox's ctl for one thing and wait for the answer; an OSError with the sentence when it is refused."""
+    fd = os.open(ctl, os.O_RDWR)
+    try:
+        try:
+            os.write(fd, json.dumps(body).encode() + b"\n")
+        except OSError as e:
+            said = json.loads(os.read(fd, 1 << 16))
+            raise OSError(e.errno, said["error"]) from e
+        said = json.loads(os.read(fd, 1 << 16))
+    finally:
+        os.close(fd)
+    if "error" in said:
+        raise OSError(said["errno"], said["error"])
+    return said
 
-    def __init__(self, path):
+
+class Making(threading.Thread):
+    """mkdir of a branch, or a request for one, in a thread: `finish` gives back what came of it."""
+
+    def __init__(self, path, **how):
         super().__init__(daemon=True)
-        self.path, self.error = path, None
+        self.path, self.how, self.error = path, how, None
         self.start()
 
     def run(self):
         """The thread."""
         try:
-            os.mkdir(self.path)
+            if self.how:
+                request(self.path.parents[1] / "ctl", branch={"name": self.path.name, **self.how})
+            else:
+                os.mkdir(self.path)
         except OSError as e:
             self.error = e
 
@@ -69,11 +90,11 @@ class Rig:
 
     instant = INSTANT
 
-    def __init__(self, case, mount=None, options="", **guest):
+    def __init__(self, case, mount=None, options="", attach=(), **guest):
         self.case = case
         self.guest = case.guest(**guest).booted()
         self.mount = mount or case.mount(options=options)
-        self.sandbox = self.mount.attach(self.guest)
+        self.sandbox = self.mount.attach(self.guest, None, *attach)
         self.hold = case.dir / "hold"
         self.truth = case.dir / "truth"
 
@@ -86,24 +107,25 @@ class Rig:
             raise AssertionError(f"mkdir {path}: {e.strerror}: {self.mount.error_of(path.parent)}") from e
         return path
 
-    def branch_with_truth(self, name, *rules, kind="mem"):
+    def branch_with_truth(self, name, *rules, kind="mem", **how):
         """Take a branch and, while the guest is held stopped at its instant, read the truth by foreign hands.
 
         kind   mem: a program of ours on /proc/PID/mem; pmem: QEMU's own pmemsave. `rules`: more rules for fault points.
+        `how`: keys of a request for the branch, as mode="full"; without any it is taken by mkdir.
         Gives the branch's directory; the truth is in the file self.truth. The watchdog ends a pause of half a second and mkdir gives up
         after a second, which a busy machine can need for the reading: such a branch has failed as it should, and is taken again.
         """
         if not self.truth.exists():  # memory that was never touched takes longest to read for the first time
             self.case.run(*truth.foreign_command(self.case, self.guest, self.truth))
         for _ in range(HOLDS):
-            path, error = self._held_branch(name, rules, kind)
+            path, error = self._held_branch(name, rules, kind, how)
             if error is None:
                 return path
             if error.errno not in (errno.ETIMEDOUT, errno.EAGAIN):
                 break
         raise AssertionError(f"mkdir {path}: {error}: {self.mount.error_of(path.parent)}")
 
-    def _held_branch(self, name, rules, kind):
+    def _held_branch(self, name, rules, kind, how):
         marks = [self.hold, pathlib.Path(f"{self.hold}.held")]
         for mark in marks:
             remove(mark)
@@ -112,7 +134,7 @@ class Rig:
         reader = None
         if kind == "mem":
             reader = self.case.start(*truth.foreign_command(self.case, self.guest, self.truth, self.hold))
-        making = Making(path)
+        making = Making(path, **how)
         while not marks[1].exists() and making.is_alive():
             time.sleep(0.0005)
         if not marks[1].exists():
