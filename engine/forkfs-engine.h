@@ -139,6 +139,9 @@ const char *ffs_branch_mode_name(enum ffs_branch_mode m);
 struct ffs_branch_options {
 	enum ffs_branch_mode mode;
 	const char *name;    /* shown in status and log; NULL for an unnamed one */
+	uint64_t max_rate;   /* bytes a second at which the copiers of a live branch fill its image; what the
+				guest writes and what is read meanwhile is captured at once all the same. 0:
+				as fast as it goes */
 	uint64_t timeout_ns; /* bound on pre-arm + pause, and on waiting for another branch of the sandbox; 0:
 				30 s. Past it: EAGAIN before the pause, and the guest runs */
 	bool without_disks;  /* memory and device state only, whatever disks were named at attach */

@@ -21,6 +21,7 @@ struct ffs_request {
 	pid_t pid;
 	bool track, wait, without_disks;
 	enum ffs_branch_mode mode;
+	uint64_t max_rate;
 	struct ffs_disk_name *disks; /* n_disks, their strings owned */
 	unsigned n_disks;
 	bool has_owner, owner_writes;

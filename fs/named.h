@@ -11,6 +11,7 @@ struct ffs_take_options {
 	uint64_t timeout_ns; /* see struct ffs_branch_options */
 	bool without_disks;
 	enum ffs_branch_mode mode;
+	uint64_t max_rate;
 	bool has_store; /* for a cached branch: where it goes, if not where the mount's go */
 	enum ffs_store_kind store;
 };

@@ -237,9 +237,27 @@ static int parse_mode(struct json_object *o, enum ffs_branch_mode *out, struct f
 	return ffs_error_set(err, EINVAL, "branch: there is no mode '%s': live, diff or full", v);
 }
 
+/* After the mode. */
+static int parse_rate(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
+{
+	struct json_object *v;
+
+	if (!json_object_object_get_ex(o, "max_rate", &v) || !v)
+		return 0;
+	if (!json_object_is_type(v, json_type_int) || json_object_get_int64(v) <= 0)
+		return ffs_error_set(err, EINVAL, "branch: 'max_rate' is a number of bytes a second");
+	if (req->mode != FFS_BRANCH_LIVE)
+		return ffs_error_set(err, EINVAL,
+			"branch: 'max_rate' goes with the mode live: in mode %s the guest waits for the copy",
+			ffs_branch_mode_name(req->mode));
+	req->max_rate = (uint64_t)json_object_get_int64(v);
+	return 0;
+}
+
 static int parse_branch(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
-	static const char *const keys[] = {"name", "mode", "store", "wait", "disks", "key", NULL};
+	static const char *const keys[] = {"name", "mode", "store", "wait", "disks", "max_rate", "key",
+		NULL};
 	const char *key = NULL;
 	bool disks = true;
 	int r = known_keys(o, "branch", keys, err);
@@ -254,6 +272,8 @@ static int parse_branch(struct json_object *o, struct ffs_request *req, struct f
 		r = get_name(o, "branch", "branch", req->name, err);
 	if (!r)
 		r = parse_mode(o, &req->mode, err);
+	if (!r)
+		r = parse_rate(o, req, err);
 	if (!r)
 		r = parse_store(o, req, err);
 	if (!r)

@@ -396,6 +396,7 @@ static void run_branch(struct ffs_txn *t, struct ffs_request *req)
 	struct ffs_take_options how = {.timeout_ns = CTL_TAKE_NS,
 		.without_disks = req->without_disks,
 		.mode = req->mode,
+		.max_rate = req->max_rate,
 		.has_store = req->has_store,
 		.store = req->store};
 	int r = req->key ? ffs_keyed_get(req->sbx, req->key, ffs_txn_who(t), &how, ffs_txn_cancel(t),

@@ -17,7 +17,8 @@
 #include "tree.h"
 
 struct branch_args {
-	const char *mode, *store, *key, *mount;
+	const char *mode, *store, *rate, *key, *mount;
+	uint64_t max_rate;
 	bool no_wait, json, help;
 };
 
@@ -39,6 +40,8 @@ static struct json_object *build_branch(const struct branch_args *a, const char 
 	json_object_object_add(body, "mode", json_object_new_string(a->mode ? a->mode : "live"));
 	if (a->store)
 		json_object_object_add(body, "store", json_object_new_string(a->store));
+	if (a->max_rate)
+		json_object_object_add(body, "max_rate", json_object_new_int64((int64_t)a->max_rate));
 	/* answered when the guest runs again; the rest is awaited through the branch's own file, which can be
 	 * interrupted without harm to the branch */
 	json_object_object_add(body, "wait", json_object_new_boolean(false));
@@ -75,6 +78,7 @@ int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv)
 		{"diff", 0, FFS_OPT_CHOICE, &a.mode},
 		{"full", 0, FFS_OPT_CHOICE, &a.mode},
 		{"no-wait", 0, FFS_OPT_FLAG, &a.no_wait},
+		{"max-rate", 0, FFS_OPT_VALUE, &a.rate},
 		{"store", 0, FFS_OPT_VALUE, &a.store},
 		{"key", 0, FFS_OPT_VALUE, &a.key},
 		{"json", 0, FFS_OPT_FLAG, &a.json},
@@ -103,6 +107,10 @@ int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv)
 		return ffs_usage_error(self, "%s", err.text);
 	if (a.no_wait && a.mode && strcmp(a.mode, "live"))
 		return ffs_usage_error(self, "--no-wait goes with --live only, not with --%s", a.mode);
+	if (a.rate && a.mode && strcmp(a.mode, "live"))
+		return ffs_usage_error(self, "--max-rate goes with --live only, not with --%s", a.mode);
+	if (a.rate && ffs_size_parse("--max-rate", a.rate, &a.max_rate, &err) < 0)
+		return ffs_usage_error(self, "%s", err.text);
 	if (a.store && !known_store(a.store))
 		return ffs_usage_error(self, "--store is memory, dense or packed, not '%s'", a.store);
 	snprintf(ctl, sizeof(ctl), "%s/ctl", target.sandbox);

@@ -34,7 +34,7 @@ const struct ffs_command ffs_commands[] = {
 	{"status", "[NAME[/BRANCH]] [--json]", "show the mount, a sandbox or a branch in detail",
 		ffs_cmd_status},
 	{"branch",
-		"NAME (BRANCH | --key KEY) [--live | --diff | --full] [--no-wait] [--store "
+		"NAME (BRANCH | --key KEY) [--live | --diff | --full] [--no-wait] [--max-rate BYTES] [--store "
 		"memory|dense|packed] [--json]",
 		"take a branch: memory and device state of one instant", ffs_cmd_branch},
 	{"wait", "NAME/BRANCH…", "wait until branches are complete", ffs_cmd_wait},

@@ -274,3 +274,20 @@ int ffs_pid_parse(const char *text, int *pid, struct ffs_error *err)
 	*pid = (int)v;
 	return 0;
 }
+
+int ffs_size_parse(const char *what, const char *text, uint64_t *out, struct ffs_error *err)
+{
+	static const char suffixes[] = "KMGT";
+	char digits[32];
+	size_t len = strlen(text);
+	const char *suffix = len ? strchr(suffixes, text[len - 1]) : NULL;
+	unsigned shift = suffix ? (unsigned)(suffix - suffixes + 1) * 10 : 0;
+	unsigned long v;
+
+	snprintf(digits, sizeof(digits), "%.*s", (int)(suffix ? len - 1 : len), text);
+	/* what JSON carries is a signed number */
+	if (len >= sizeof(digits) || !parse_number(digits, INT64_MAX >> shift, &v) || !v)
+		return ffs_error_set(err, EINVAL, "%s '%.40s' is no number of bytes", what, text);
+	*out = (uint64_t)v << shift;
+	return 0;
+}

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 
 #include "base/error.h"
@@ -56,6 +57,10 @@ int ffs_owner_parse(const char *text, char out[64], struct ffs_error *err);
 
 /* "ID=PATH" into the ID (ffs_check_name) and the PATH, which may have further equals signs. -EINVAL. */
 int ffs_disk_parse(const char *text, char id[65], const char **path, struct ffs_error *err);
+
+/* A number of bytes above 0, with a suffix K, M, G or T (powers of 1024) or without. -EINVAL, with a sentence
+ * that begins with `what`. */
+int ffs_size_parse(const char *what, const char *text, uint64_t *out, struct ffs_error *err);
 
 /* A process id, in whole and positive. -EINVAL. */
 int ffs_pid_parse(const char *text, int *pid, struct ffs_error *err);

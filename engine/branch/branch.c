@@ -139,8 +139,10 @@ void ffs_branch_unref(struct ffs_branch *b)
 {
 	if (!b || atomic_fetch_sub_explicit(&b->users, 1, memory_order_acq_rel) != 1)
 		return;
-	if (atomic_load(&b->state) == FFS_BRANCH_WRITING)
+	if (atomic_load(&b->state) == FFS_BRANCH_WRITING) {
 		ffs_branch_fail(b, ECANCELED, "branch of %s cancelled: nobody holds it any more", b->sandbox);
+		ffs_copier_poke(b->tracker);
+	}
 	ffs_lineage_forget(b->tracker, b);
 	ffs_branch_put(b);
 }

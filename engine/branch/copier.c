@@ -16,6 +16,9 @@
 #include "branch/internal.h"
 #include "uffd/uffd.h"
 
+/* A branch with a rate that fails while it waits for its time is settled after this long at the latest. */
+#define THROTTLE_NS (100 * FFS_NS_PER_MS)
+
 /* Unregistering holds the VMM's mmap lock for writing; in pieces of this size a guest fault never waits long
  * for it. */
 #define RELEASE_BYTES (16ull << 20)
@@ -168,6 +171,13 @@ void ffs_copier_hold(struct ffs_tracker *t, bool on)
 	pthread_mutex_unlock(&t->lock);
 }
 
+void ffs_copier_poke(struct ffs_tracker *t)
+{
+	pthread_mutex_lock(&t->lock);
+	pthread_cond_broadcast(&t->work);
+	pthread_mutex_unlock(&t->lock);
+}
+
 /* Is a large page of the image worth making for a slice? Not when faults have captured part of it in small
  * ones, and not where guest memory is empty, of which samples tell: zero pages become holes again, but that
  * costs more than it gained. */
@@ -280,18 +290,46 @@ static void finish(struct ffs_tracker *t, struct ffs_branch *b)
 	ffs_tracker_release_idle(t);
 }
 
-/* The next branch that has something to do for a copier, pinned with a reference; under t->lock. */
-static struct ffs_branch *next_work(struct ffs_tracker *t)
+/* So many bytes went from the guest to the images: the branch with a rate pauses for as long as they should
+ * have taken. */
+static void pay(struct ffs_tracker *t, struct ffs_branch *b, uint64_t bytes)
+{
+	uint64_t now = ffs_now_ns();
+
+	if (!b->max_rate || !bytes)
+		return;
+	pthread_mutex_lock(&t->lock);
+	if (b->next_copy_ns < now)
+		b->next_copy_ns = now;
+	b->next_copy_ns += (uint64_t)((double)bytes / (double)b->max_rate * (double)FFS_NS_PER_S);
+	pthread_mutex_unlock(&t->lock);
+}
+
+/* The next branch that has something to do for a copier, pinned with a reference; under t->lock. Without one
+ * *later_ns is when to look again: 0 when somebody says so. */
+static struct ffs_branch *next_work(struct ffs_tracker *t, uint64_t *later_ns)
 {
 	struct ffs_branch *oldest = NULL;
+	uint64_t now = ffs_now_ns();
+
+	*later_ns = 0;
 
 	for (unsigned i = 0; i < FFS_SLOTS; i++) {
 		struct ffs_branch *b = ffs_slot_get(&t->slots[i]);
 
 		if (!b)
 			continue;
-		bool work = ffs_branch_failed(b) || atomic_load(&b->next_slice) < t->pages->n_slices;
+		bool failed = ffs_branch_failed(b);
+		bool work = failed || atomic_load(&b->next_slice) < t->pages->n_slices;
 
+		if (work && !failed && b->next_copy_ns > now) {
+			uint64_t at = b->next_copy_ns < now + THROTTLE_NS ? b->next_copy_ns
+									  : now + THROTTLE_NS;
+
+			if (!*later_ns || at < *later_ns)
+				*later_ns = at;
+			work = false;
+		}
 		if (work && !atomic_load(&b->finalising) && (!oldest || b->armed_ns < oldest->armed_ns)) {
 			ffs_branch_get(b);
 			if (oldest)
@@ -326,7 +364,8 @@ void *ffs_copier_main(void *arg)
 	for (;;) {
 		if (t->ending)
 			fail_all(t);
-		struct ffs_branch *b = next_work(t);
+		uint64_t later_ns;
+		struct ffs_branch *b = next_work(t, &later_ns);
 
 		if (b && !t->ending && atomic_load(&t->hold)) {
 			ffs_branch_put(b);
@@ -335,7 +374,8 @@ void *ffs_copier_main(void *arg)
 		if (!b) {
 			if (t->ending && t->in_flight == 0)
 				break;
-			pthread_cond_wait(&t->work, &t->lock);
+			/* whatever ended the wait: look again */
+			(void)ffs_cancel_wait(NULL, &t->work, &t->lock, later_ns);
 			continue;
 		}
 		pthread_mutex_unlock(&t->lock);
@@ -352,7 +392,11 @@ void *ffs_copier_main(void *arg)
 			uint64_t n = atomic_fetch_add(&b->next_slice, 1);
 
 			if (n < t->pages->n_slices) {
+				uint64_t left = atomic_load(&b->remaining);
+
 				copy_slice(t, b, n, buf);
+				/* with what faults and readers captured meanwhile: they come first */
+				pay(t, b, left - atomic_load(&b->remaining));
 				last = atomic_fetch_add(&b->slices_done, 1) + 1 == t->pages->n_slices;
 			}
 		}

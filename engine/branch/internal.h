@@ -134,6 +134,8 @@ struct ffs_branch {
 	_Atomic uint8_t *zeros[FFS_MAX_REGIONS]; /* per slice: zero pages were captured */
 	_Atomic uint64_t remaining;              /* bytes not in the image yet */
 	_Atomic uint64_t next_slice, slices_done;
+	uint64_t max_rate;       /* of the copiers, bytes a second; 0: none */
+	uint64_t next_copy_ns;   /* not before; under tracker->lock */
 	_Atomic uint64_t faults, fault_max_ns, latency[FFS_LATENCY_BUCKETS];
 
 	_Atomic int failing; /* enum ffs_branch_fail: set by the first to fail it, from any thread, the fault
@@ -226,6 +228,8 @@ int ffs_tracker_obtain(struct ffs_engine *engine, struct ffs_vmm *vmm, const str
 void *ffs_copier_main(void *tracker);
 /* Copiers stand still while on; off starts them on whatever is in flight. */
 void ffs_copier_hold(struct ffs_tracker *t, bool on);
+/* A branch failed, or was given up: who waits for its time to come settles it now. No locks held. */
+void ffs_copier_poke(struct ffs_tracker *t);
 /* Register every range (idempotent); waits for a release under way. From here on the watchdog watches. */
 int ffs_tracker_register(struct ffs_tracker *t, struct ffs_error *err);
 /* Unregister everything in slices, unless a branch is in flight or being taken, or tracking is on (and

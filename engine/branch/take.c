@@ -422,6 +422,7 @@ int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt
 	k.b->permits = ffs_permits_ref(sb->engine->permits);
 	k.permit = false;
 	k.b->mode = opt->mode;
+	k.b->max_rate = opt->max_rate;
 	e = prepare_mode(&k, err);
 	if (e == 0)
 		e = ffs_sandbox_scan(sb, opt->force, &k.b->phases.scan_ns, &k.b->torn, err);

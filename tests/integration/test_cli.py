@@ -39,6 +39,8 @@ WRONG_USAGE = [
     (["branch", "x", "a/b"], "a/b"),
     (["branch", "x", "b", "--live", "--diff"], "exclude"),
     (["branch", "x", "b", "--diff", "--no-wait"], "--live only"),
+    (["branch", "x", "b", "--full", "--max-rate", "1M"], "--live only"),
+    (["branch", "x", "b", "--max-rate", "fast"], "fast"),
     (["branch", "x", "b", "--store", "tape"], "tape"),
     (["wait"], "NAME/BRANCH"),
     (["wait", "x"], "NAME/BRANCH"),

@@ -306,6 +306,26 @@ static void test_mountpoints(void **state)
 	assert_int_equal(ffs_mountpoint_check("/etc", &dead, &err), -ENOTEMPTY);
 }
 
+static void test_sizes(void **state)
+{
+	static const struct {
+		const char *text;
+		uint64_t bytes; /* 0: refused */
+	} sizes[] = {{"1", 1}, {"4096", 4096}, {"100M", 100ull << 20}, {"1K", 1024}, {"3G", 3ull << 30}, {"2T", 2ull << 40},
+		{"", 0}, {"K", 0}, {"0", 0}, {"-1", 0}, {"1.5G", 0}, {"1MB", 0}, {"1m", 0}, {"9999999T", 0}, {"0x10", 0},
+		{"123456789012345678901234567890123", 0}};
+
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+		struct ffs_error err = {0};
+		uint64_t v = 0;
+		int r = ffs_size_parse("--max-rate", sizes[i].text, &v, &err);
+
+		assert_int_equal(v, sizes[i].bytes);
+		assert_int_equal(r, sizes[i].bytes ? 0 : -EINVAL);
+		assert_true(!r == !err.text[0]);
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -317,6 +337,7 @@ int main(void)
 		cmocka_unit_test(test_owners),
 		cmocka_unit_test(test_pids),
 		cmocka_unit_test(test_mountpoints),
+		cmocka_unit_test(test_sizes),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -93,7 +93,7 @@ _forkfs() {
 		umount) options='--help' ;;
 		attach) options='--pid --qemu --coop --disk --track --owner --json --mount --help' ;;
 		ls | status) options='--json --mount --help' ;;
-		branch) options='--live --diff --full --no-wait --store --key --json --mount --help' ;;
+		branch) options='--live --diff --full --no-wait --max-rate --store --key --json --mount --help' ;;
 		detach | wait | rm) options='--mount --help' ;;
 		doctor) options='--json --help' ;;
 		esac
