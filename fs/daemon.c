@@ -171,6 +171,7 @@ static int setup_fs(struct daemon *d, const struct ffs_mount_options *opt, struc
 	pthread_mutex_init(&fs->lock, NULL);
 	ffs_list_init(&fs->sandboxes);
 	ffs_list_init(&fs->owed);
+	ffs_list_init(&fs->writes);
 	fs->nodes = ffs_nodes_new();
 	fs->handles = ffs_handles_new();
 	fs->events = ffs_events_new(fs);

@@ -124,7 +124,8 @@ struct ffs_sbx {
 	int pidfd; /* of the VMM, polled by the reaper; -1 */
 	pid_t pid; /* of the VMM; 0: none */
 	uint64_t memory_size, attached_ns /* wall clock */, changed_ns;
-	uint64_t adopted_ns; /* instant of the youngest branch found in the store */
+	uint64_t write_turn, imagined_turn; /* writers.c: when a branch of it was last written */
+	uint64_t adopted_ns;                /* instant of the youngest branch found in the store */
 	uid_t uid;
 	gid_t gid;
 	bool writable;     /* by its owner */
@@ -163,6 +164,9 @@ struct ffs_fs {
 
 	pthread_mutex_t names; /* above the tree lock: names of the store's branches (durable.c) */
 	pthread_mutex_t lock;
+	struct ffs_list writes; /* struct ffs_write: from before the pause until it is published */
+	uint64_t writes_arrived, write_turns;
+	unsigned n_reaps; /* jobs that delete files of removed branches; durable_idle says when one is done */
 	unsigned n_durable; /* branches on their way to the store */
 	pthread_cond_t durable_idle;
 	struct ffs_list sandboxes;

@@ -21,9 +21,11 @@
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "store/store.h"
+#include "writers.h"
 
 struct ffs_durable {
 	struct ffs_work work;
+	struct ffs_write write; /* its place among the writers, and its room */
 	struct ffs_fs *fs;
 	struct ffs_shot *shot; /* referenced while the job is queued or runs */
 	enum ffs_store_kind kind;
@@ -61,9 +63,14 @@ int ffs_durable_begin(struct ffs_named *n, struct ffs_error *err)
 	d->fs = fs;
 	d->kind = n->kind;
 	r = FFS_FAULT("store-begin");
+	/* how well it packs is known afterwards only: half, say */
+	if (!r)
+		r = ffs_write_begin(&d->write, n->sbx, n->sbx->memory_size >> (n->kind == FFS_STORE_PACKED),
+			&d->progress.done, err);
 	if (!r)
 		r = ffs_draft_begin(fs->store, n->sbx->name, n->name, &d->draft, err);
 	if (r < 0) {
+		ffs_write_end(&d->write);
 		free(d);
 		return r;
 	}
@@ -80,6 +87,7 @@ static void free_durable(struct ffs_durable *d)
 
 	ffs_draft_end(d->draft);
 	ffs_stored_unref(d->stored);
+	ffs_write_end(&d->write);
 	if (!d->over)
 		one_less(fs);
 	free(d);
@@ -252,11 +260,17 @@ static void run_job(struct ffs_work *w)
 	}
 	if (d->why.code)
 		record_failure(d);
+	ffs_write_end(&d->write);
 	d->shot = NULL;
 	d->over = true;
 	one_less(d->fs);
 	/* with the reference that was ours */
 	ffs_reaper_push(s->fs->reaper, &s->settle_work);
+}
+
+static void run_write(struct ffs_write *w)
+{
+	run_job(&ffs_container(w, struct ffs_durable, write)->work);
 }
 
 bool ffs_durable_take_over(struct ffs_shot *s, enum ffs_branch_state state, const struct ffs_error *why)
@@ -270,7 +284,10 @@ bool ffs_durable_take_over(struct ffs_shot *s, enum ffs_branch_state state, cons
 	if (state == FFS_BRANCH_FAILED)
 		d->why = *why;
 	/* a failure does not wait for others to be written */
-	ffs_pool_submit(state == FFS_BRANCH_FAILED ? d->fs->pool : d->fs->writers, &d->work);
+	if (state == FFS_BRANCH_FAILED)
+		ffs_pool_submit(d->fs->pool, &d->work);
+	else
+		ffs_write_submit(&d->write, run_write);
 	return true;
 }
 
@@ -368,35 +385,6 @@ int ffs_durable_rename(struct ffs_named *n, const char *to, struct ffs_error *er
 	return r;
 }
 
-struct reap {
-	struct ffs_work work;
-	struct ffs_fs *fs;
-	char sandbox[80];
-};
-
-static void run_reap(struct ffs_work *w)
-{
-	struct reap *r = ffs_container(w, struct reap, work);
-	struct ffs_error err = {0};
-
-	if (ffs_store_reap(r->fs->store, r->sandbox, &err) < 0)
-		ffs_log(FFS_LOG_WARN, "%s", err.text);
-	free(r);
-}
-
-void ffs_durable_reap(struct ffs_sbx *sbx)
-{
-	struct reap *r = sbx->fs->store ? calloc(1, sizeof(*r)) : NULL;
-
-	/* without memory for the job the next daemon does it */
-	if (!r)
-		return;
-	r->work.fn = run_reap;
-	r->fs = sbx->fs;
-	snprintf(r->sandbox, sizeof(r->sandbox), "%s", sbx->name);
-	ffs_pool_submit(sbx->fs->pool, &r->work);
-}
-
 /* ---- status
  * ------------------------------------------------------------------------------------------------------------
  */
@@ -436,6 +424,10 @@ void ffs_durable_status(struct ffs_shot *s, struct json_object *o)
 			o, "store", json_object_new_string(ffs_store_kind_name(s->durable->kind)));
 		json_object_object_add(
 			o, "stored_bytes", json_object_new_uint64(atomic_load(&s->durable->progress.done)));
+		pthread_mutex_lock(&s->fs->lock);
+		json_object_object_add(
+			o, "write_place", json_object_new_int64(ffs_write_place(&s->durable->write)));
+		pthread_mutex_unlock(&s->fs->lock);
 	}
 }
 

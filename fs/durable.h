@@ -32,8 +32,6 @@ void ffs_durable_free(struct ffs_shot *s);
 /* fs->names held (these two change the store), the tree lock not. */
 int ffs_durable_remove(struct ffs_named *n, struct ffs_error *err);
 int ffs_durable_rename(struct ffs_named *n, const char *to, struct ffs_error *err);
-/* Delete what was removed, some time. */
-void ffs_durable_reap(struct ffs_sbx *sbx);
 
 /* What a branch's status says of the store. Tree lock not held. */
 void ffs_durable_status(struct ffs_shot *s, struct json_object *o);

@@ -19,6 +19,7 @@
 #include "keyed.h"
 #include "nodes.h"
 #include "park.h"
+#include "writers.h"
 
 /* The lock of branches/ is held meanwhile: `ls` of it hangs. */
 #define MKDIR_NS FFS_NS_PER_S
@@ -273,7 +274,7 @@ int ffs_named_drop(struct ffs_named *n, struct ffs_error *err)
 	ffs_inval_send(fs, &inval);
 	ffs_polls_check(fs);
 	if (!r)
-		ffs_durable_reap(n->sbx);
+		ffs_write_reap(n->sbx);
 	return r;
 }
 
@@ -298,6 +299,9 @@ static void rmdir_task(struct ffs_task *t)
 	pthread_mutex_unlock(&fs->names);
 	if (!mine)
 		return;
+	/* before the answer: who has it, and takes a branch next, must find that there will be room */
+	if (!r)
+		ffs_write_reap(sbx);
 	ffs_wait_answer_all(&waits, -ENOENT, NULL);
 	if (r < 0)
 		ffs_reply_failure(
@@ -307,8 +311,6 @@ static void rmdir_task(struct ffs_task *t)
 	/* after the answer: the kernel holds the lock of branches/ until then */
 	ffs_inval_send(fs, &inval);
 	ffs_polls_check(fs);
-	if (!r)
-		ffs_durable_reap(sbx);
 }
 
 void ffs_named_rmdir(struct ffs_call *call, struct ffs_node *dir, const char *name)

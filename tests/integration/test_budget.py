@@ -95,6 +95,35 @@ def ask(sandbox, name):
     return thread, answers
 
 
+def test_writers_in_turn(case):
+    """One branch at a time is written to the store: a sandbox with many does not hold up another's, and status shows the places."""
+    r = rig.Rig(case, mib=128, options=f"store={case.dir}/store")
+    second = r.mount.attach(case.guest("sbx2", mib=128).booted())
+    hold = case.dir / "hold"
+    r.mount.faults(f"store-memory@1 hold:{hold}")
+    events = open(r.mount / ".forkfs" / "events", "rb", buffering=0)
+    branches = [r.branch("b1")]
+    while not (case.dir / "hold.held").exists():
+        time.sleep(0.01)
+    branches += [r.branch("b2"), r.branch("b3"), second / "branches" / "c1"]
+    branches[3].mkdir()
+
+    def places():
+        return [json.loads((b / "status").read_text()).get("write_place") for b in branches]
+
+    for _ in range(3000):
+        if places() == [0, 2, 3, 1]:
+            break
+        time.sleep(0.01)
+    assert places() == [0, 2, 3, 1], places()
+    hold.touch()
+    for b in branches:
+        assert rig.wait_settled(b) == "ready"
+    said = [json.loads(line) for line in events.read(1 << 20).splitlines()]
+    events.close()
+    assert [e["branch"] for e in said if e["event"] == "ready"] == ["b1", "c1", "b2", "b3"], said
+
+
 def test_permits(case):
     """One capture at once: mkdir says how to wait, ctl waits its turn and status shows the place."""
     r = rig.Rig(case, mib=128, options="captures=1")

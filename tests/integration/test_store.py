@@ -1,5 +1,6 @@
 """Branches in a store: durable, served from it, found again by the next daemon, whole or not there."""
 
+import errno
 import hashlib
 import json
 import mmap
@@ -211,8 +212,27 @@ def test_full_store(case):
     first = r.branch("b1")
     assert rig.wait_settled(first) == "ready"
     before = digest(first / "memory.bin")
+    # what would not fit is refused before the pause
+    stops = r.guest.stops()
+    second = first.with_name("b2")
+    try:
+        second.mkdir()
+        raise AssertionError("a branch of 96 MiB was begun in a store with less room")
+    except OSError as e:
+        assert e.errno == errno.ENOSPC, e
+    sentence = r.mount.error_of(second.parent)
+    assert "96 MiB of the store" in sentence and "MiB are free" in sentence and r.guest.stops() == stops, sentence
+    # what does not fit any more, since the room went while it was captured, fails alone
+    case.run("mount", "-o", "remount,size=300m", place)
+    hold = case.dir / "hold"
+    r.mount.faults(f"store-memory@1 hold:{hold}")
     second = r.branch("b2")
+    while not (case.dir / "hold.held").exists():
+        time.sleep(0.01)
+    case.run("mount", "-o", f"remount,size={sum(f.stat().st_blocks * 512 for f in place.rglob('*')) // 1024 + 20000}k", place)
+    hold.touch()
     assert rig.wait_settled(second) == "failed"
+    case.run("mount", "-o", "remount,size=150m", place)
     assert "No space left" in status(second)["error"] and "forkfs rm" in status(second)["error"], status(second)
     try:
         (second / "wait").read_text()
