@@ -19,7 +19,7 @@ struct ffs_request {
 	char *key;         /* of a cached branch, which has no name given */
 	bool cached;       /* the branch of the key was there */
 	pid_t pid;
-	bool track, wait, without_disks;
+	bool track, force, wait, without_disks;
 	enum ffs_branch_mode mode;
 	uint64_t max_rate;
 	struct ffs_disk_name *disks; /* n_disks, their strings owned */

@@ -92,6 +92,7 @@ static int take(struct ffs_named *n, const struct ffs_take_options *how, struct 
 	struct ffs_branch_options opt = {.name = n->name,
 		.mode = how->mode,
 		.max_rate = how->max_rate,
+		.force = how->force,
 		.timeout_ns = how->timeout_ns,
 		.without_disks = how->without_disks};
 	struct ffs_branch *branch = NULL;

@@ -12,6 +12,7 @@ struct ffs_take_options {
 	bool without_disks;
 	enum ffs_branch_mode mode;
 	uint64_t max_rate;
+	bool force;
 	bool has_store; /* for a cached branch: where it goes, if not where the mount's go */
 	enum ffs_store_kind store;
 };

@@ -176,7 +176,8 @@ static int parse_socket(struct json_object *o, struct ffs_request *req, struct f
 
 static int parse_attach(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
-	static const char *const keys[] = {"name", "qemu", "coop", "pid", "track", "owner", "disks", NULL};
+	static const char *const keys[] = {"name", "qemu", "coop", "pid", "track", "force", "owner", "disks",
+		NULL};
 	const char *owner;
 	struct json_object *pid;
 	int r = known_keys(o, "attach", keys, err);
@@ -187,6 +188,8 @@ static int parse_attach(struct json_object *o, struct ffs_request *req, struct f
 		r = get_string(o, "attach", "owner", 64, &owner, err);
 	if (!r)
 		r = get_bool(o, "attach", "track", &req->track, err);
+	if (!r)
+		r = get_bool(o, "attach", "force", &req->force, err);
 	if (r < 0)
 		return r;
 	if (json_object_object_get_ex(o, "pid", &pid) && pid) {
@@ -256,7 +259,7 @@ static int parse_rate(struct json_object *o, struct ffs_request *req, struct ffs
 
 static int parse_branch(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
-	static const char *const keys[] = {"name", "mode", "store", "wait", "disks", "max_rate", "key",
+	static const char *const keys[] = {"name", "mode", "store", "wait", "disks", "max_rate", "force", "key",
 		NULL};
 	const char *key = NULL;
 	bool disks = true;
@@ -280,6 +283,8 @@ static int parse_branch(struct json_object *o, struct ffs_request *req, struct f
 		r = get_bool(o, "branch", "wait", &req->wait, err);
 	if (!r)
 		r = get_bool(o, "branch", "disks", &disks, err);
+	if (!r)
+		r = get_bool(o, "branch", "force", &req->force, err);
 	req->without_disks = !disks;
 	if (!r && key && !(req->key = strdup(key)))
 		r = ffs_error_set(err, ENOMEM, "no memory");

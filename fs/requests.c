@@ -188,6 +188,7 @@ static void run_attach(struct ffs_txn *t, struct ffs_request *req)
 		.qemu_socket = req->qemu,
 		.coop_socket = req->coop,
 		.track = req->track,
+		.force = req->force,
 		.disks = req->disks,
 		.n_disks = req->n_disks,
 		.own_mount = fs->mount_dev};
@@ -397,6 +398,7 @@ static void run_branch(struct ffs_txn *t, struct ffs_request *req)
 		.without_disks = req->without_disks,
 		.mode = req->mode,
 		.max_rate = req->max_rate,
+		.force = req->force,
 		.has_store = req->has_store,
 		.store = req->store};
 	int r = req->key ? ffs_keyed_get(req->sbx, req->key, ffs_txn_who(t), &how, ffs_txn_cancel(t),

@@ -18,7 +18,7 @@ struct attach_args {
 	const char *pid, *qemu, *owner, *mount;
 	const char *firecracker, *coop;
 	struct ffs_words *disks;
-	bool track, json, help;
+	bool track, force, json, help;
 };
 
 /* The daemon has another working directory: paths travel absolute. Links are left as they are. */
@@ -94,6 +94,8 @@ static int build_attach(
 		r = add_socket(body, "coop", a->coop, err);
 	if (!r && a->track)
 		json_object_object_add(body, "track", json_object_new_boolean(true));
+	if (!r && a->force)
+		json_object_object_add(body, "force", json_object_new_boolean(true));
 	if (!r && a->owner) {
 		char owner[64];
 
@@ -146,6 +148,7 @@ int ffs_cmd_attach(const struct ffs_command *self, int argc, char **argv)
 		{"pid", 0, FFS_OPT_VALUE, &a.pid},
 		{"qemu", 0, FFS_OPT_VALUE, &a.qemu},
 		{"track", 0, FFS_OPT_FLAG, &a.track},
+		{"force", 0, FFS_OPT_FLAG, &a.force},
 		{"owner", 0, FFS_OPT_VALUE, &a.owner},
 		{"firecracker", 0, FFS_OPT_VALUE, &a.firecracker},
 		{"coop", 0, FFS_OPT_VALUE, &a.coop},

@@ -19,7 +19,7 @@
 struct branch_args {
 	const char *mode, *store, *rate, *key, *mount;
 	uint64_t max_rate;
-	bool no_wait, json, help;
+	bool no_wait, force, json, help;
 };
 
 static bool known_store(const char *store)
@@ -42,6 +42,8 @@ static struct json_object *build_branch(const struct branch_args *a, const char 
 		json_object_object_add(body, "store", json_object_new_string(a->store));
 	if (a->max_rate)
 		json_object_object_add(body, "max_rate", json_object_new_int64((int64_t)a->max_rate));
+	if (a->force)
+		json_object_object_add(body, "force", json_object_new_boolean(true));
 	/* answered when the guest runs again; the rest is awaited through the branch's own file, which can be
 	 * interrupted without harm to the branch */
 	json_object_object_add(body, "wait", json_object_new_boolean(false));
@@ -78,6 +80,7 @@ int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv)
 		{"diff", 0, FFS_OPT_CHOICE, &a.mode},
 		{"full", 0, FFS_OPT_CHOICE, &a.mode},
 		{"no-wait", 0, FFS_OPT_FLAG, &a.no_wait},
+		{"force", 0, FFS_OPT_FLAG, &a.force},
 		{"max-rate", 0, FFS_OPT_VALUE, &a.rate},
 		{"store", 0, FFS_OPT_VALUE, &a.store},
 		{"key", 0, FFS_OPT_VALUE, &a.key},

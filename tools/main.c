@@ -25,7 +25,7 @@ const struct ffs_command ffs_commands[] = {
 		ffs_cmd_mount},
 	{"umount", "DIR", "detach every sandbox of a mount and end its daemon", ffs_cmd_umount},
 	{"attach",
-		"NAME (--pid PID | --qemu QMP_SOCKET | --coop SOCKET) [--disk ID=PATH]... [--track] [--owner "
+		"NAME (--pid PID | --qemu QMP_SOCKET | --coop SOCKET) [--disk ID=PATH]... [--track] [--force] [--owner "
 		"UID:GID[:rw]] "
 		"[--json]",
 		"make a running VM the sandbox NAME; the VM is not stopped", ffs_cmd_attach},
@@ -34,7 +34,7 @@ const struct ffs_command ffs_commands[] = {
 	{"status", "[NAME[/BRANCH]] [--json]", "show the mount, a sandbox or a branch in detail",
 		ffs_cmd_status},
 	{"branch",
-		"NAME (BRANCH | --key KEY) [--live | --diff | --full] [--no-wait] [--max-rate BYTES] [--store "
+		"NAME (BRANCH | --key KEY) [--live | --diff | --full] [--no-wait] [--max-rate BYTES] [--force] [--store "
 		"memory|dense|packed] [--json]",
 		"take a branch: memory and device state of one instant", ffs_cmd_branch},
 	{"wait", "NAME/BRANCH…", "wait until branches are complete", ffs_cmd_wait},

@@ -63,7 +63,7 @@ int ffs_sandbox_scan(struct ffs_sandbox *sb, bool force, uint64_t *took_ns, stru
 		return ffs_error_set(err, why.code, "%s", why.text);
 	if (e < 0 && !force && !sb->force)
 		return ffs_error_set(err, why.code,
-			"%s; or insist (force): the branch is then marked as possibly torn", why.text);
+			"%s; or insist (force, --force): the branch is then marked as possibly torn", why.text);
 	if (e < 0 && torn && !(*torn = torn_json(f)))
 		return ffs_error_set(err, ENOMEM, "out of memory for the findings about %s", sb->name);
 	return 0;

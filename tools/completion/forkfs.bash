@@ -91,9 +91,9 @@ _forkfs() {
 		'') options='--mount --help --version' ;;
 		mount) options='-f -o --help' ;;
 		umount) options='--help' ;;
-		attach) options='--pid --qemu --coop --disk --track --owner --json --mount --help' ;;
+		attach) options='--pid --qemu --coop --disk --track --force --owner --json --mount --help' ;;
 		ls | status) options='--json --mount --help' ;;
-		branch) options='--live --diff --full --no-wait --max-rate --store --key --json --mount --help' ;;
+		branch) options='--live --diff --full --no-wait --max-rate --force --store --key --json --mount --help' ;;
 		detach | wait | rm) options='--mount --help' ;;
 		doctor) options='--json --help' ;;
 		esac
