@@ -219,6 +219,25 @@ def test_refused_before_the_pause(case):
     guest.check_runs(within=10)
 
 
+def test_stored(case):
+    """With a store the disk is part of the durable branch: the same bytes after a restart, still of its memory's instant."""
+    where = disks.filesystem(case, "xfs")
+    guest = journal_guest(case, where)
+    mount = case.mount(options=f"store={where}/store")
+    sandbox = mount.attach(guest, None, "--disk", f"root={guest.disk}")
+    branch = take(mount, sandbox, "b1")
+    before = (branch / "disks" / "root").read_bytes()
+    assert rig.wait_settled(branch) == "ready"
+    mount.stop()
+    again = case.mount(options=f"store={where}/store")
+    branch = again / "sbx1" / "branches" / "b1"
+    assert (branch / "disks" / "root").read_bytes() == before
+    disks.check_branch(case, branch)
+    refused(errno.EPERM, os.open, branch / "disks" / "root", os.O_RDWR)
+    again.stop()
+    guest.check_runs(within=10)
+
+
 def test_nothing_is_left(case):
     """The captured blocks go with the branch, and with a killed daemon."""
     where = disks.filesystem(case, "xfs")
