@@ -9,12 +9,13 @@
 struct ffs_txn;
 struct json_object;
 
-enum ffs_request_kind { FFS_REQ_ATTACH, FFS_REQ_DETACH, FFS_REQ_SHUTDOWN, FFS_REQ_BRANCH };
+enum ffs_request_kind { FFS_REQ_ATTACH, FFS_REQ_DETACH, FFS_REQ_SHUTDOWN, FFS_REQ_ADOPT, FFS_REQ_BRANCH };
 
 /* What was asked for, checked. Strings are owned. */
 struct ffs_request {
 	enum ffs_request_kind kind;
 	char name[80];     /* of the sandbox, or of the branch */
+	char branch[80];   /* to adopt */
 	char *qemu, *coop; /* control sockets; at most one is given */
 	char *key;         /* of a cached branch, which has no name given */
 	bool cached;       /* the branch of the key was there */

@@ -7,14 +7,12 @@
  * and a sync of the store, so that a branch has one name while it is published, renamed or removed; never
  * across a copy, and the kernel's lock of branches/ never waits for more than that. */
 #include "durable.h"
-#include "keyed.h"
 
 #include <errno.h>
 #include <json-c/json.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 
 #include "base/fault.h"
 #include "base/log.h"
@@ -431,128 +429,8 @@ void ffs_durable_status(struct ffs_shot *s, struct json_object *o)
 	}
 }
 
-/* ---- the life of the store
+/* ---- the end
  * ----------------------------------------------------------------------------------------------- */
-
-static int adopt_disks(struct ffs_named *n, struct ffs_stored *stored)
-{
-	unsigned count = ffs_stored_disks(stored);
-
-	if (!count)
-		return 0;
-	n->disks = calloc(count, sizeof(*n->disks));
-	if (!n->disks)
-		return -ENOMEM;
-	for (; n->n_disks < count; n->n_disks++) {
-		snprintf(n->disks[n->n_disks].id, sizeof(n->disks[0].id), "%s",
-			ffs_stored_disk_id(stored, n->n_disks));
-		n->disks[n->n_disks].size = ffs_stored_disk_size(stored, n->n_disks);
-	}
-	return 0;
-}
-
-static void adopt_key(struct ffs_named *n, struct ffs_stored *stored)
-{
-	struct json_object *m = NULL, *key;
-
-	if (ffs_stored_manifest(stored, &m, NULL) < 0)
-		return;
-	if (json_object_object_get_ex(m, "key", &key) && json_object_is_type(key, json_type_string))
-		ffs_keyed_adopt(n, json_object_get_string(key));
-	json_object_put(m);
-}
-
-static int adopt(void *arg, const char *sandbox, const char *name, enum ffs_store_entry entry)
-{
-	struct ffs_fs *fs = arg;
-	struct ffs_sbx *sbx = ffs_tree_find(fs, sandbox);
-	struct ffs_stored *stored = NULL;
-	struct ffs_error why = {0};
-	struct ffs_named *n;
-	struct ffs_shot *s;
-	bool made = !sbx;
-	int r = -ENOMEM;
-
-	if (entry == FFS_STORE_ENTRY_BRANCH)
-		ffs_stored_open(fs->store, sandbox, name, &stored, &why);
-	else if (ffs_store_failure(fs->store, sandbox, name, &why) < 0)
-		ffs_error_set(&why, EIO, "the branch failed; the record of its reason cannot be read");
-	if (made)
-		sbx = ffs_sbx_new(fs, sandbox);
-	n = sbx ? ffs_named_find(sbx, name) : NULL;
-	s = n ? n->shot : sbx ? ffs_shot_plain(sbx) : NULL;
-	if (s && !n && (n = ffs_named_new(sbx, name)))
-		ffs_named_unref(n); /* the list has the other */
-	if (!s || !n)
-		goto out;
-	r = 0;
-	/* a branch and the record of an earlier failure: the branch it is */
-	if (s->stored)
-		goto out;
-	n->kind = stored ? ffs_stored_kind(stored) : FFS_STORE_DENSE;
-	s->stored = stored;
-	s->state = stored ? FFS_BRANCH_READY : FFS_BRANCH_FAILED;
-	s->failure = why;
-	if (stored) {
-		r = adopt_disks(n, stored);
-		adopt_key(n, stored);
-		n->memory_size = s->memory_size = ffs_stored_memory_size(stored);
-		n->vmstate_size = s->vmstate_size = ffs_stored_vmstate_size(stored);
-		n->time_ns = s->time_ns = ffs_stored_time_ns(stored);
-		s->manifest_len = ffs_stored_manifest_size(stored);
-		if (n->time_ns >= sbx->adopted_ns &&
-			ffs_stored_owner(stored, &sbx->uid, &sbx->gid, &sbx->writable))
-			sbx->adopted_ns = n->time_ns;
-		stored = NULL;
-	} else {
-		ffs_log(FFS_LOG_WARN, "store: branch %s/%s: %s", sandbox, name, why.text);
-	}
-	s->named = n;
-	n->shot = s;
-	if (made)
-		ffs_tree_add(fs, sbx);
-out:
-	ffs_stored_unref(stored);
-	if (made && sbx)
-		ffs_sbx_unref(sbx);
-	return r;
-}
-
-/* A branch of the store has a descriptor or more. */
-static void raise_file_limit(void)
-{
-	struct rlimit r;
-
-	if (getrlimit(RLIMIT_NOFILE, &r) == 0 && r.rlim_cur < r.rlim_max) {
-		r.rlim_cur = r.rlim_max;
-		if (setrlimit(RLIMIT_NOFILE, &r) < 0)
-			ffs_log(FFS_LOG_INFO, "the limit of open files stays: errno %d", errno);
-	}
-}
-
-int ffs_durable_open(struct ffs_fs *fs, struct ffs_error *err)
-{
-	int r;
-
-	pthread_mutex_init(&fs->names, NULL);
-	pthread_cond_init(&fs->durable_idle, NULL);
-	if (!fs->opt.store[0])
-		return 0;
-	raise_file_limit();
-	r = ffs_store_open(fs->opt.store, &fs->store, err);
-	if (!r)
-		r = ffs_store_recover(fs->store, err);
-	if (!r) {
-		r = ffs_store_each(fs->store, NULL, adopt, fs, err);
-		if (r == -ENOMEM)
-			ffs_error_set(
-				err, ENOMEM, "no memory for the branches of the store %s", fs->opt.store);
-	}
-	if (r < 0)
-		return r;
-	atomic_store(&fs->store_pass, true);
-	return 0;
-}
 
 void ffs_durable_drain(struct ffs_fs *fs)
 {

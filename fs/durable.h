@@ -7,6 +7,8 @@
 /* Open the mount's store (options), recover it, put its branches into the tree. Before any thread exists. 0
  * when the mount has none. */
 int ffs_durable_open(struct ffs_fs *fs, struct ffs_error *err);
+/* Show a branch that somebody else has put into the store. -EEXIST; -ENOENT; … Without the tree lock. */
+int ffs_durable_adopt(struct ffs_fs *fs, const char *sandbox, const char *name, struct ffs_error *err);
 /* Wait until nothing is on its way any more. At the end, every VM let go. */
 void ffs_durable_drain(struct ffs_fs *fs);
 void ffs_durable_close(struct ffs_fs *fs);

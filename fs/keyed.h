@@ -19,7 +19,7 @@ bool ffs_keyed_make_room(struct ffs_sbx *sbx);
 void ffs_keyed_used(struct ffs_named *n);
 /* Tree lock held: it is its user's now, and never let go (renamed). */
 void ffs_keyed_keep(struct ffs_named *n);
-/* A branch that was found in the store says that it was taken for that key. Before any thread exists. */
+/* A branch that was found in the store says that it was taken for that key. Tree lock held. */
 void ffs_keyed_adopt(struct ffs_named *n, const char *key);
 /* Tree lock held, the reaper's tick: start the pruning that is due; when to come back, 0: not by time. */
 uint64_t ffs_keyed_tick(struct ffs_fs *fs, uint64_t now_ns);

@@ -291,6 +291,23 @@ static int parse_branch(struct json_object *o, struct ffs_request *req, struct f
 	return r;
 }
 
+static int parse_adopt(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
+{
+	static const char *const keys[] = {"name", "branch", NULL};
+	const char *branch;
+	int r = known_keys(o, "adopt", keys, err);
+
+	if (!r)
+		r = get_name(o, "adopt", "sandbox", req->name, err);
+	if (!r)
+		r = get_string(o, "adopt", "branch", 255, &branch, err);
+	if (!r)
+		r = ffs_check_name("branch", branch ? branch : "", err);
+	if (!r)
+		snprintf(req->branch, sizeof(req->branch), "%s", branch);
+	return r;
+}
+
 int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req, struct ffs_error *err)
 {
 	static const char *const none[] = {NULL}, *const only_name[] = {"name", NULL};
@@ -306,7 +323,7 @@ int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req,
 	}
 	if (n != 1)
 		return ffs_error_set(err, EINVAL, "a request has exactly one key: %s",
-			root ? "attach, detach or shutdown" : "branch");
+			root ? "attach, detach, adopt or shutdown" : "branch");
 	if (!json_object_is_type(arg, json_type_object))
 		return ffs_error_set(err, EINVAL, "'%.64s' takes an object", verb);
 	if (root && strcmp(verb, "attach") == 0) {
@@ -323,10 +340,14 @@ int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req,
 		req->kind = FFS_REQ_SHUTDOWN;
 		return known_keys(arg, "shutdown", none, err);
 	}
+	if (root && strcmp(verb, "adopt") == 0) {
+		req->kind = FFS_REQ_ADOPT;
+		return parse_adopt(arg, req, err);
+	}
 	if (!root && strcmp(verb, "branch") == 0) {
 		req->kind = FFS_REQ_BRANCH;
 		return parse_branch(arg, req, err);
 	}
 	return ffs_error_set(err, EINVAL, "there is no request '%.64s' here: %s", verb,
-		root ? ".forkfs/ctl takes attach, detach, shutdown" : "a sandbox's ctl takes branch");
+		root ? ".forkfs/ctl takes attach, detach, adopt, shutdown" : "a sandbox's ctl takes branch");
 }

@@ -13,6 +13,7 @@
 #include "base/fault.h"
 #include "base/util.h"
 #include "ctl.h"
+#include "durable.h"
 #include "events.h"
 #include "guard.h"
 #include "keyed.h"
@@ -413,6 +414,23 @@ static void run_branch(struct ffs_txn *t, struct ffs_request *req)
 		answer_when_settled(t, req);
 }
 
+static void run_adopt(struct ffs_txn *t, struct ffs_request *req)
+{
+	struct ffs_error err = {0};
+	int r = ffs_durable_adopt(ffs_txn_fs(t), req->name, req->branch, &err);
+
+	if (r < 0) {
+		ffs_txn_failed(t, -r, &err);
+		return;
+	}
+	struct json_object *o = json_object_new_object(), *body = json_object_new_object();
+
+	json_object_object_add(body, "name", json_object_new_string(req->name));
+	json_object_object_add(body, "branch", json_object_new_string(req->branch));
+	json_object_object_add(o, "adopt", body);
+	ffs_txn_done(t, o);
+}
+
 void ffs_request_run(struct ffs_txn *t)
 {
 	struct ffs_request *req = ffs_txn_request(t);
@@ -423,6 +441,9 @@ void ffs_request_run(struct ffs_txn *t)
 		break;
 	case FFS_REQ_DETACH:
 		run_detach(t, req);
+		break;
+	case FFS_REQ_ADOPT:
+		run_adopt(t, req);
 		break;
 	case FFS_REQ_SHUTDOWN:
 		run_shutdown(t);

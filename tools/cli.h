@@ -33,6 +33,10 @@ int ffs_cmd_status(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_wait(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_rm(const struct ffs_command *self, int argc, char **argv);
+int ffs_cmd_verify(const struct ffs_command *self, int argc, char **argv);
+int ffs_cmd_export(const struct ffs_command *self, int argc, char **argv);
+int ffs_cmd_import(const struct ffs_command *self, int argc, char **argv);
+int ffs_cmd_inspect(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_doctor(const struct ffs_command *self, int argc, char **argv);
 /* The mount(8) helper: the same binary called as mount.fuse.forkfs. Exit codes are mount(8)'s. */
 int ffs_mount_helper(int argc, char **argv);

@@ -122,8 +122,8 @@ static void print_branches(struct json_object *all)
 {
 	char buf[32];
 
-	printf("%-20s %-8s %-6s %-8s %10s %10s %s\n", "NAME", "STATE", "MODE", "STORE", "MEMORY", "PAUSE",
-		"INSTANT");
+	printf("%-20s %-8s %-6s %-8s %10s %10s %10s %10s %s\n", "NAME", "STATE", "MODE", "STORE", "MEMORY",
+		"OWN DISK", "SHARED", "PAUSE", "INSTANT");
 	for (size_t i = 0; i < json_object_array_length(all); i++) {
 		struct json_object *b = json_object_array_get_idx(all, i);
 
@@ -132,6 +132,10 @@ static void print_branches(struct json_object *all)
 		cell(ffs_json_string(b, "mode"), 6);
 		cell(ffs_json_string(b, "store"), 8);
 		printf("%10s ", ffs_format_bytes(buf, ffs_json_u64(b, "memory_bytes")));
+		uint64_t disk = ffs_json_u64(b, "disk_bytes"), shared = ffs_json_u64(b, "disk_shared_bytes");
+
+		printf("%10s ", disk > shared ? ffs_format_bytes(buf, disk - shared) : "-");
+		printf("%10s ", shared ? ffs_format_bytes(buf, shared) : "-");
 		printf("%10s ", ffs_format_ns(buf, ffs_json_u64(b, "pause_ns")));
 		ffs_print_safe(ffs_json_string(b, "instant"));
 		if (*ffs_json_string(b, "error")) {

@@ -273,8 +273,11 @@ int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const ch
 		r = torn(err, "memory as a whole has another hash than its manifest says");
 	if (!r)
 		r = get_rest(&in, d, err);
-	if (!r)
+	if (!r) {
+		/* it has a name of its user's, and is no entry of a cache any more */
+		json_object_object_del(manifest, "key");
 		r = ffs_store_publish(d, manifest, NULL, err);
+	}
 	ffs_draft_end(d);
 	json_object_put(manifest);
 	ffs_manifest_clear(&in.m);

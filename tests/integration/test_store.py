@@ -333,6 +333,8 @@ def test_generations(case):
         truths[f"g{i}"] = digest(r.truth)
         sizes[f"g{i}"] = status(branch)["disk_bytes"] - status(branch)["disk_shared_bytes"]
     assert status(branch)["parent"]["name"] == "g8"
+    row = r.mount.run("ls", r.guest.name).out.splitlines()[-1].split()
+    assert row[0] == "g9" and row.count("MiB") >= 3, row
     assert sizes["g9"] < status(branch)["disk_bytes"] * 0.8, "the generations share little"
     order = [f"g{i}" for i in range(1, 9)]
     random.shuffle(order)
@@ -344,3 +346,72 @@ def test_generations(case):
         del truths[name]
     for name, truth in truths.items():
         assert digest(branches / name / "memory.bin") == truth, name
+
+
+def test_verify_export_import(case):
+    """Branches are checked, moved to another store, converted and decoded by the command; what is damaged is named and refused."""
+    r = store_rig(case, mib=96, run=["counter", "selfcheck,mib=32,threads=1,step=1,every=16"])
+    name, run = r.guest.name, r.mount.run
+    packed, memory = take(r.mount, name, "p", "packed"), take(r.mount, name, "m", "memory")
+    place, expected = case.dir / "store" / name, digest(packed / "memory.bin")
+    assert "ok" in run("verify", f"{name}/p").out
+    assert run("verify", case.dir / "store", place / "p").out.count(": ok") == 2
+    in_memory = run("verify", f"{name}/m", check=False)
+    assert in_memory.code == 1 and "in memory only" in in_memory.err, in_memory.err
+    said = json.loads(run("inspect", place / "p").out)
+    assert said["kind"] == "packed" and sum(said["index"]["kinds"].values()) == 96 * MIB // 65536, said["index"]["kinds"]
+    assert said["index"]["packs"][0]["holders"] == 1
+
+    # through a pipe to a dense branch of a sandbox that has no VM, from a file into a store that nobody serves
+    both = f"{case.forkfs()} export {name}/p - --mount {r.mount.path} | {case.forkfs()} import - other/d --store dense --mount {r.mount.path}"
+    case.shell("set -o pipefail; " + both)
+    dense = r.mount / "other" / "branches" / "d"
+    assert digest(dense / "memory.bin") == expected and status(dense)["store"] == "dense"
+    assert (r.mount / "other" / "state").read_text() == "detached\n"
+    taken = run("import", "/dev/null", "other/d", check=False)
+    assert taken.code == 1 and "too early" in taken.err, taken.err
+    run("export", f"{name}/m", case.dir / "m.stream")
+    assert digest(memory / "memory.bin") != expected
+    run("import", case.dir / "m.stream", "x/m", "--store", "packed", "--store-dir", case.dir / "second")
+    assert ": ok" in run("verify", case.dir / "second").out
+    again = run("import", case.dir / "m.stream", "x/m", "--store-dir", case.dir / "second", check=False)
+    assert again.code == 1 and "already" in again.err, again.err
+    child = r.guest.child("child", dense / "memory.bin", dense / "vmstate")
+    child.go()
+    child.console.wait(r"^ok", timeout=60, start=child.console.mark())
+    child.check_sane()
+    child.stop()
+
+    # Ctrl-C: nothing is left
+    fifo = case.dir / "fifo"
+    os.mkfifo(fifo)
+    importing = case.start(case.forkfs(), "import", fifo, f"{name}/half", "--mount", r.mount.path)
+    stream = (case.dir / "m.stream").read_bytes()
+    with open(fifo, "wb") as f:
+        f.write(stream[:len(stream) // 2])
+        f.flush()
+        importing.send_signal(signal.SIGINT)
+        assert importing.wait(timeout=30) == -signal.SIGINT
+    check_clean(case)
+    assert not (r.mount / name / "branches" / "half").exists()
+
+    # a damaged chunk: verify names it, a read is refused, the rest can be read
+    os.rmdir(dense)
+    with open(place / "p" / "memory.pack.0", "r+b") as f:
+        f.seek(f.seek(0, os.SEEK_END) // 2)
+        byte = f.read(1)
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte[0] ^ 4]))
+    bad = run("verify", f"{place}/p", check=False)
+    assert bad.code == 1 and "memory.pack.0" in bad.err and "offset" in bad.err, bad.err
+    mount = remount(case, r.mount, 1)
+    refused = 0
+    with open(mount / name / "branches" / "p" / "memory.bin", "rb", buffering=0) as f:
+        for _ in range(96):
+            try:
+                assert len(f.read(MIB)) == MIB
+            except OSError as e:
+                refused += 1
+                f.seek(MIB, os.SEEK_CUR)
+                assert e.errno == 5
+    assert refused == 1, f"{refused} MiB could not be read"

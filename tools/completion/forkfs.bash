@@ -94,7 +94,9 @@ _forkfs() {
 		attach) options='--pid --qemu --coop --disk --track --force --owner --json --mount --help' ;;
 		ls | status) options='--json --mount --help' ;;
 		branch) options='--live --diff --full --no-wait --max-rate --force --store --key --json --mount --help' ;;
-		detach | wait | rm) options='--mount --help' ;;
+		detach | wait | rm | verify | export) options='--mount --help' ;;
+		import) options='--store --store-dir --mount --help' ;;
+		inspect) options='--chunks --mount --help' ;;
 		doctor) options='--json --help' ;;
 		esac
 		mapfile -t COMPREPLY < <(compgen -W "$options" -- "$current")
@@ -106,10 +108,24 @@ _forkfs() {
 	help) ((words == 0)) && mapfile -t COMPREPLY < <(compgen -W "$commands" -- "$current") ;;
 	mount | umount) ((words == 0)) && mapfile -t COMPREPLY < <(compgen -d -- "$current") ;;
 	detach | ls | branch) ((words == 0)) && _forkfs_sandboxes "$current" ;;
+	export | inspect)
+		if ((words == 0)); then
+			_forkfs_branches "$current"
+		else
+			mapfile -t COMPREPLY < <(compgen -f -- "$current")
+		fi
+		;;
+	import)
+		if ((words == 0)); then
+			mapfile -t COMPREPLY < <(compgen -f -- "$current")
+		else
+			_forkfs_branches "$current"
+		fi
+		;;
 	status)
 		((words == 0)) && _forkfs_branches "$current"
 		;;
-	wait | rm) _forkfs_branches "$current" ;;
+	wait | rm | verify) _forkfs_branches "$current" ;;
 	esac
 	# names may have colons, at which bash breaks words
 	declare -F __ltrim_colon_completions >/dev/null && __ltrim_colon_completions "$current"
