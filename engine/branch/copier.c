@@ -224,6 +224,9 @@ static void copy_slice(struct ffs_tracker *t, struct ffs_branch *b, uint64_t num
 	for (; !ffs_branch_failed(b) && (n = ffs_tracker_needed(t, b, region, &c, end)) > 0; c += n) {
 		if (atomic_load_explicit(&t->hold, memory_order_relaxed))
 			wait_out_pause(t);
+		/* in large pages many clusters take little longer than one; else the handler would wait */
+		if (!large)
+			n = 1;
 		ffs_tracker_capture(t, region, c, n, buf);
 	}
 	if (large && !ffs_branch_failed(b) &&
@@ -323,8 +326,8 @@ static struct ffs_branch *next_work(struct ffs_tracker *t, uint64_t *later_ns)
 		bool work = failed || atomic_load(&b->next_slice) < t->pages->n_slices;
 
 		if (work && !failed && b->next_copy_ns > now) {
-			uint64_t at = b->next_copy_ns < now + THROTTLE_NS ? b->next_copy_ns
-									  : now + THROTTLE_NS;
+			uint64_t at =
+				b->next_copy_ns < now + THROTTLE_NS ? b->next_copy_ns : now + THROTTLE_NS;
 
 			if (!*later_ns || at < *later_ns)
 				*later_ns = at;

@@ -5,6 +5,7 @@
  * each its own pages; read by anybody. Reading a hole with pread(2) does not populate it. */
 #pragma once
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -18,9 +19,10 @@ struct ffs_image {
 	int wfd;   /* until it is sealed */
 	int mount; /* the file's own tmpfs, until it is sealed; -1: a memfd, or sealed */
 	uint64_t size;
+	pthread_mutex_t writing; /* with priority inheritance: see image.c */
 };
 
-/* No image: what ffs_image_close() has nothing to do for. */
+/* Before ffs_image_open(): no image yet. Every one that is initialised is to be closed. */
 void ffs_image_init(struct ffs_image *img);
 int ffs_image_open(struct ffs_image *img, uint64_t size, struct ffs_error *err);
 /* Give [off, off + FFS_IMAGE_LARGE), of which nothing was written, a large page if that is possible: no

@@ -92,12 +92,14 @@ static void *sweep_main(void *arg)
 	return NULL;
 }
 
-/* How many threads a pass is worth: the system call is all that it does, and two CPUs do twice as many. */
+/* How many threads a pass is worth. Half of the CPUs: the guest has its own use for the others, and where it
+ * keeps them busy a pass that waits for a preempted helper takes longer than one alone, and more is dirtied
+ * meanwhile. For the same reason only the first pass, which is long, has helpers. */
 static unsigned sweepers_for(const struct ffs_pages *pages)
 {
 	uint64_t dirty = 0;
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-	unsigned most = cpus > 0 && cpus < (long)SWEEPERS ? (unsigned)cpus : SWEEPERS;
+	unsigned most = cpus / 2 < 1 ? 1 : cpus / 2 < (long)SWEEPERS ? (unsigned)(cpus / 2) : SWEEPERS;
 
 	for (unsigned i = 0; i < pages->n; i++)
 		for (uint64_t s = 0; s < pages->r[i].n_slices; s++)
@@ -107,11 +109,12 @@ static unsigned sweepers_for(const struct ffs_pages *pages)
 	return worth < 1 ? 1 : worth < most ? (unsigned)worth : most;
 }
 
-int ffs_sweep(const struct ffs_sweep *s, bool paused, uint64_t *swept, struct ffs_error *err)
+static int sweep(
+	const struct ffs_sweep *s, bool paused, unsigned want, uint64_t *swept, struct ffs_error *err)
 {
 	struct pass pass = {.s = s, .paused = paused};
 	struct sweeper w[SWEEPERS] = {0};
-	unsigned want = paused ? 1 : sweepers_for(s->t->pages), n = 1;
+	unsigned n = 1;
 	int e = 0;
 
 	for (unsigned i = 0; i < want; i++)
@@ -130,10 +133,15 @@ int ffs_sweep(const struct ffs_sweep *s, bool paused, uint64_t *swept, struct ff
 	return e;
 }
 
+int ffs_sweep(const struct ffs_sweep *s, bool paused, uint64_t *swept, struct ffs_error *err)
+{
+	return sweep(s, paused, 1, swept, err);
+}
+
 int ffs_sweep_prearm(const struct ffs_sweep *s, bool running, struct ffs_phases *ph, struct ffs_error *err)
 {
 	uint64_t start = ffs_now_ns(), swept, before;
-	int e = ffs_sweep(s, false, &swept, err);
+	int e = sweep(s, false, sweepers_for(s->t->pages), &swept, err);
 
 	ph->prearm_ns = ffs_now_ns() - start;
 	start = ffs_now_ns();
