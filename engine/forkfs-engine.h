@@ -83,11 +83,12 @@ struct ffs_disk_name {
 };
 
 struct ffs_attach_options {
-	const char *name;        /* ffs_check_name() */
-	pid_t pid;               /* of the VMM; 0: found from the socket's peer */
-	const char *qemu_socket; /* QMP unix socket; NULL: found from the command line of pid */
-	const char *coop_socket; /* API socket of a VMM that hands over a userfaultfd; NULL: none */
-	bool track;              /* keep the write protection on between branches */
+	const char *name;               /* ffs_check_name() */
+	pid_t pid;                      /* of the VMM; 0: found from the socket's peer */
+	const char *qemu_socket;        /* QMP unix socket; NULL: found from the command line of pid */
+	const char *firecracker_socket; /* API socket of a stock Firecracker; NULL: none */
+	const char *coop_socket;        /* API socket of a VMM that hands over a userfaultfd; NULL: none */
+	bool track;                     /* keep the write protection on between branches */
 	bool force; /* attach, and take every branch, although guest memory has writers that are not trapped
 		       (EBUSY otherwise); see ffs_branch_options */
 	const struct ffs_disk_name *disks; /* n_disks of them, at most FFS_MAX_DISKS */

@@ -14,11 +14,11 @@ enum ffs_request_kind { FFS_REQ_ATTACH, FFS_REQ_DETACH, FFS_REQ_SHUTDOWN, FFS_RE
 /* What was asked for, checked. Strings are owned. */
 struct ffs_request {
 	enum ffs_request_kind kind;
-	char name[80];     /* of the sandbox, or of the branch */
-	char branch[80];   /* to adopt */
-	char *qemu, *coop; /* control sockets; at most one is given */
-	char *key;         /* of a cached branch, which has no name given */
-	bool cached;       /* the branch of the key was there */
+	char name[80];                   /* of the sandbox, or of the branch */
+	char branch[80];                 /* to adopt */
+	char *qemu, *coop, *firecracker; /* control sockets; at most one is given */
+	char *key;                       /* of a cached branch, which has no name given */
+	bool cached;                     /* the branch of the key was there */
 	pid_t pid;
 	bool track, force, wait, without_disks;
 	enum ffs_branch_mode mode;

@@ -142,7 +142,7 @@ static int parse_socket(struct json_object *o, struct ffs_request *req, struct f
 	struct {
 		const char *key;
 		char **out;
-	} kinds[] = {{"qemu", &req->qemu}, {"coop", &req->coop}};
+	} kinds[] = {{"qemu", &req->qemu}, {"coop", &req->coop}, {"firecracker", &req->firecracker}};
 	unsigned given = 0;
 
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(kinds); i++) {
@@ -168,7 +168,8 @@ static int parse_socket(struct json_object *o, struct ffs_request *req, struct f
 	}
 	if (!given && !req->pid)
 		return ffs_error_set(err, EINVAL,
-			"attach: name the VM by 'qemu' (the path of its QMP socket), by 'coop' (of its API "
+			"attach: name the VM by 'qemu' (the path of its QMP socket), by 'firecracker' or "
+			"'coop' (of its API "
 			"socket) "
 			"or by 'pid'");
 	return 0;
@@ -176,8 +177,8 @@ static int parse_socket(struct json_object *o, struct ffs_request *req, struct f
 
 static int parse_attach(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
-	static const char *const keys[] = {"name", "qemu", "coop", "pid", "track", "force", "owner", "disks",
-		NULL};
+	static const char *const keys[] = {
+		"name", "qemu", "coop", "firecracker", "pid", "track", "force", "owner", "disks", NULL};
 	const char *owner;
 	struct json_object *pid;
 	int r = known_keys(o, "attach", keys, err);
@@ -259,8 +260,8 @@ static int parse_rate(struct json_object *o, struct ffs_request *req, struct ffs
 
 static int parse_branch(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
-	static const char *const keys[] = {"name", "mode", "store", "wait", "disks", "max_rate", "force", "key",
-		NULL};
+	static const char *const keys[] = {
+		"name", "mode", "store", "wait", "disks", "max_rate", "force", "key", NULL};
 	const char *key = NULL;
 	bool disks = true;
 	int r = known_keys(o, "branch", keys, err);

@@ -78,6 +78,7 @@ static void free_strings(struct ffs_request *req)
 	free(req->qemu);
 	free(req->coop);
 	free(req->key);
+	free(req->firecracker);
 	for (unsigned i = 0; i < req->n_disks; i++) {
 		free((char *)req->disks[i].id);
 		free((char *)req->disks[i].path);
@@ -188,6 +189,7 @@ static void run_attach(struct ffs_txn *t, struct ffs_request *req)
 		.pid = req->pid,
 		.qemu_socket = req->qemu,
 		.coop_socket = req->coop,
+		.firecracker_socket = req->firecracker,
 		.track = req->track,
 		.force = req->force,
 		.disks = req->disks,

@@ -49,7 +49,8 @@ static int from_json(struct json_object *o, char **text)
 
 static int make_capabilities(struct ffs_fs *fs, char **text)
 {
-	static const char *const drivers[] = {"qemu", "coop", NULL}, *const modes[] = {"live", "diff", "full", NULL},
+	static const char *const drivers[] = {"qemu", "firecracker", "coop", NULL},
+				 *const modes[] = {"live", "diff", "full", NULL},
 				 *const stores[] = {"memory", "dense", "packed", NULL},
 				 *const no_store[] = {"memory", NULL};
 	struct json_object *o = json_object_new_object();

@@ -90,6 +90,8 @@ static int build_attach(
 	}
 	if (!r && a->qemu)
 		r = add_socket(body, "qemu", a->qemu, err);
+	if (!r && a->firecracker)
+		r = add_socket(body, "firecracker", a->firecracker, err);
 	if (!r && a->coop)
 		r = add_socket(body, "coop", a->coop, err);
 	if (!r && a->track)
@@ -173,13 +175,11 @@ int ffs_cmd_attach(const struct ffs_command *self, int argc, char **argv)
 			self, "%s", n ? "one NAME at a time" : "a NAME for the sandbox is missing");
 	if (ffs_target_parse(argv[0], FFS_TARGET_SANDBOX, &target, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
-	if (a.firecracker)
-		return ffs_usage_error(self, "this version has the drivers qemu and coop only: say --qemu "
-					     "QMP_SOCKET, --coop SOCKET or --pid PID");
-	unsigned named = !!a.pid + !!a.qemu + !!a.coop;
+	unsigned named = !!a.pid + !!a.qemu + !!a.firecracker + !!a.coop;
 
 	if (named != 1)
-		return ffs_usage_error(self, "say %s --pid PID, --qemu QMP_SOCKET or --coop SOCKET",
+		return ffs_usage_error(self,
+			"say %s --pid PID, --qemu QMP_SOCKET, --firecracker API_SOCKET or --coop SOCKET",
 			named ? "only one of" : "which VM:");
 	if (build_attach(&a, target.sandbox, &request, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);

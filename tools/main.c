@@ -25,7 +25,8 @@ const struct ffs_command ffs_commands[] = {
 		ffs_cmd_mount},
 	{"umount", "DIR", "detach every sandbox of a mount and end its daemon", ffs_cmd_umount},
 	{"attach",
-		"NAME (--pid PID | --qemu QMP_SOCKET | --coop SOCKET) [--disk ID=PATH]... [--track] [--force] [--owner "
+		"NAME (--pid PID | --qemu QMP_SOCKET | --firecracker API_SOCKET | --coop SOCKET) [--disk "
+		"ID=PATH]... [--track] [--force] [--owner "
 		"UID:GID[:rw]] "
 		"[--json]",
 		"make a running VM the sandbox NAME; the VM is not stopped", ffs_cmd_attach},
@@ -34,12 +35,14 @@ const struct ffs_command ffs_commands[] = {
 	{"status", "[NAME[/BRANCH]] [--json]", "show the mount, a sandbox or a branch in detail",
 		ffs_cmd_status},
 	{"branch",
-		"NAME (BRANCH | --key KEY) [--live | --diff | --full] [--no-wait] [--max-rate BYTES] [--force] [--store "
+		"NAME (BRANCH | --key KEY) [--live | --diff | --full] [--no-wait] [--max-rate BYTES] "
+		"[--force] [--store "
 		"memory|dense|packed] [--json]",
 		"take a branch: memory and device state of one instant", ffs_cmd_branch},
 	{"wait", "NAME/BRANCH…", "wait until branches are complete", ffs_cmd_wait},
 	{"rm", "NAME/BRANCH…", "remove branches; who has one open goes on reading it", ffs_cmd_rm},
-	{"verify", "PATH…", "read all of a branch, or of a store, and name the first byte that is not as written",
+	{"verify", "PATH…",
+		"read all of a branch, or of a store, and name the first byte that is not as written",
 		ffs_cmd_verify},
 	{"export", "NAME/BRANCH FILE|-", "write a branch as one stream", ffs_cmd_export},
 	{"import", "FILE|- NAME/BRANCH [--store dense|packed] [--store-dir DIR]",

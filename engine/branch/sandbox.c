@@ -248,11 +248,13 @@ static int check_not_attached(
 int ffs_sandbox_attach(struct ffs_engine *engine, const struct ffs_attach_options *opt,
 	struct ffs_cancel *cancel, struct ffs_sandbox **out, struct ffs_error *err)
 {
-	if (opt->coop_socket && opt->qemu_socket)
+	if (!!opt->coop_socket + !!opt->qemu_socket + !!opt->firecracker_socket > 1)
 		return ffs_error_set(
 			err, EINVAL, "attach %s: name one control socket of the VMM, not two", opt->name);
 	if (opt->coop_socket)
 		return ffs_sandbox_attach_driver(engine, &ffs_coop_ops, opt, cancel, out, err);
+	if (opt->firecracker_socket)
+		return ffs_sandbox_attach_driver(engine, &ffs_firecracker_ops, opt, cancel, out, err);
 	if (opt->pid <= 0 && !opt->qemu_socket)
 		return ffs_error_set(
 			err, EINVAL, "attach %s: name the VMM by its pid or its control socket", opt->name);

@@ -433,7 +433,7 @@ void ffs_api_init(struct ffs_api *d, const struct ffs_vmm_ops *ops)
 {
 	d->vmm.ops = ops;
 	ffs_http_init(&d->http, -1);
-	d->pidfd = d->place.dir = d->uffd = d->vmstate_fd = -1;
+	d->pidfd = d->place.dir = d->uffd = d->fifo = d->vmstate_fd = -1;
 	atomic_store(&d->state, FFS_RUN_PAUSED);
 }
 
@@ -503,6 +503,7 @@ void ffs_api_close(struct ffs_vmm *vmm)
 	ffs_http_close(&d->http);
 	ffs_close_fd(&d->pidfd);
 	ffs_close_fd(&d->uffd);
+	ffs_close_fd(&d->fifo);
 	ffs_api_place_close(&d->place);
 	json_object_put(d->machine);
 	free(d);

@@ -2,7 +2,7 @@
  *   api.c         the connection, run state, pause and resume      api-place.c   the directory of its socket
  *   api-save.c    the vmstate by way of a file
  *   api-rescue.c  what the watchdog does                           http.c        HTTP
- *   coop*.c       VMMs that hand over a userfaultfd
+ *   coop*.c       VMMs that hand over a userfaultfd                firecracker*.c  the stock Firecracker
  *
  * The API (Firecracker's, docs and src/firecracker/swagger/firecracker.yaml): GET / has "state", "Not
  * started", "Running" or "Paused"; PATCH /vm {"state":"Paused"|"Resumed"} is answered 204, also when the VM
@@ -47,6 +47,8 @@ struct ffs_api {
 	struct json_object *machine; /* its machine-config, or NULL */
 	/* coop */
 	int uffd; /* handed over with the geometry, and not yet taken; -1 */
+	/* firecracker */
+	int fifo; /* the reading end of the FIFO for the vmstate, from prepare to finish; -1 */
 };
 
 static inline struct ffs_api *ffs_api_of(struct ffs_vmm *vmm)
@@ -123,3 +125,6 @@ int ffs_api_rescue(int sock, uint64_t deadline_ns);
 int ffs_coop_parse(const char *text, size_t n, struct ffs_geometry *out, struct ffs_error *err);
 /* Compared with the mappings of the process: fills what is left of the regions. */
 int ffs_coop_check(pid_t pid, struct ffs_geometry *geo, struct ffs_error *err);
+
+/* ---- firecracker-geometry.c ---- */
+int ffs_fc_geometry(struct ffs_vmm *vmm, struct ffs_geometry *out, struct ffs_error *err);

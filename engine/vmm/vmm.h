@@ -1,4 +1,4 @@
-/* What the engine asks of a VMM: one table of operations per driver (qemu, coop).
+/* What the engine asks of a VMM: one table of operations per driver (qemu, firecracker, coop).
  *
  * One struct ffs_vmm is one connection to one VMM process, owned by its sandbox. All operations but
  * `run_state` and `rescue` are called by one thread at a time (the sandbox's protocol lock); a driver may run
@@ -116,4 +116,4 @@ struct ffs_vmm {
 	bool resumed_by_others;
 };
 
-extern const struct ffs_vmm_ops ffs_qemu_ops, ffs_coop_ops;
+extern const struct ffs_vmm_ops ffs_qemu_ops, ffs_coop_ops, ffs_firecracker_ops;

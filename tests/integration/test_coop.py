@@ -1,46 +1,32 @@
 """The driver coop: VMMs that hand over a userfaultfd themselves. The VMM is tests/microvm with examples/coop in it."""
 
-import errno
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import time
 
 from forkfs_test import rig
+from forkfs_test.api import (PAUSED, SAVED, ApiRig, check_death, check_paused_by_others, check_paused_meanwhile,
+                             check_resumed_by_others)
 from forkfs_test.microvm import MicroVm
 
 TIMEOUT = {"test_hostile": 180}
 BRANCHES = 12
-PAUSED, SAVED = "vmm-save", "vmm-resume"  # fault points: stopped and nothing saved yet; armed, just before the resume
 
-
-class CoopRig(rig.Rig):
+class CoopRig(ApiRig):
     """A microVM, a mount, attached."""
 
-    instant = SAVED
+    def __init__(self, case, **vm):
+        super().__init__(case, MicroVm(case, "sbx1", **vm))
 
-    def __init__(self, case, mount=None, **vm):
-        self.case = case
-        self.guest = MicroVm(case, "sbx1", **vm).booted()
-        self.mount = mount or case.mount()
-        self.sandbox = self.mount.attach(self.guest)
-        self.hold = case.dir / "hold"
-        self.truth = case.dir / "truth"
 
-    def held(self, name, point):
-        """Begin a branch and return when it is held at a point; the thread that makes it."""
-        mark = pathlib.Path(f"{self.hold}.held")
-        for path in (self.hold, mark):
-            path.unlink(missing_ok=True)
-        self.mount.faults(f"{point} hold:{self.hold}")
-        making = rig.Making(self.sandbox / "branches" / name)
-        while not mark.exists():
-            assert making.is_alive(), f"mkdir has passed without the point {point}: {making.error}"
-            time.sleep(0.0005)
-        return making
+def checked_branch(r, name):
+    """A branch that is what foreign hands read in its pause."""
+    branch = r.branch_with_truth(name)
+    assert r.difference(branch) == "", name
+    return branch
 
 
 def check_identity(case, **vm):
@@ -106,42 +92,19 @@ def links(pid):
     return found
 
 
-def check_death(case, point, number):
-    """The daemon gets a signal at a point of the pause: the guest runs within a second, and is attached again."""
-    r = CoopRig(case)
-    r.held("b1", point)
-    assert r.guest.status()["state"] == "paused"
-    r.mount.kill(number)
-    deadline = time.monotonic() + 2
-    while r.guest.status()["state"] != "running":
-        assert time.monotonic() < deadline, "the guest was left stopped"
-        time.sleep(0.002)
-    r.guest.check_runs()
-    r.guest.wait_free()
-    if number == signal.SIGSTOP:
-        r.mount.kill(signal.SIGKILL)
-    r.mount.clear_dead()
-    fresh = case.mount(name="mnt2")
-    branch = fresh.attach(r.guest) / "branches/b2"
-    branch.mkdir()
-    assert rig.wait_settled(branch) == "ready", (branch / "status").read_text()
-    r.guest.visit_all(1)
-    assert r.guest.left_over() == [], r.guest.left_over()
-
-
 def test_killed_before_save(case):
     """kill -9 between pause and save."""
-    check_death(case, PAUSED, signal.SIGKILL)
+    check_death(CoopRig(case), PAUSED, signal.SIGKILL)
 
 
 def test_killed_before_resume(case):
     """kill -9 between arm and resume."""
-    check_death(case, SAVED, signal.SIGKILL)
+    check_death(CoopRig(case), SAVED, signal.SIGKILL)
 
 
 def test_stopped_before_resume(case):
     """A daemon that stands still: the watchdog resumes over a connection of its own."""
-    check_death(case, SAVED, signal.SIGSTOP)
+    check_death(CoopRig(case), SAVED, signal.SIGSTOP)
 
 
 def test_killed_in_capture(case):
@@ -158,49 +121,18 @@ def test_killed_in_capture(case):
 
 
 def test_paused_by_others(case):
-    """A VM that was found paused stays paused: after a branch, and when the daemon dies while it takes one."""
-    r = CoopRig(case)
-    r.guest.api.call("PATCH", "/vm", {"state": "Paused"})
-    branch = r.branch_with_truth("b1")
-    assert r.difference(branch) == ""
-    assert rig.wait_settled(branch) == "ready"
-    assert (r.sandbox / "state").read_text() == "paused\n"
-    assert r.guest.api.state() == "Paused"
-    r.held("b2", SAVED)
-    r.mount.kill()
-    r.mount.clear_dead()
-    r.guest.wait_free()
-    assert r.guest.api.state() == "Paused", "resumed, though somebody else had paused it"
-    r.guest.api.call("PATCH", "/vm", {"state": "Resumed"})
-    r.guest.check_runs()
+    """See api.check_paused_by_others."""
+    check_paused_by_others(CoopRig(case), checked_branch)
 
 
 def test_resumed_by_others(case):
-    """Somebody else resumes between save and arm's end: the branch fails, and says why."""
-    r = CoopRig(case)
-    making = r.held("b1", SAVED)
-    r.guest.api.call("PATCH", "/vm", {"state": "Resumed"})
-    r.hold.touch()
-    error = making.finish()
-    assert error and error.errno == errno.EAGAIN, error
-    assert "somebody else resumed" in r.mount.log(), r.mount.log()
-    r.mount.faults()
-    r.guest.check_runs()
-    assert rig.wait_settled(r.branch("b2")) == "ready"
+    """See api.check_resumed_by_others."""
+    check_resumed_by_others(CoopRig(case))
 
 
 def test_paused_meanwhile(case):
-    """Somebody else pauses while we sweep: theirs, and it stays so."""
-    r = CoopRig(case, mib=96)
-    making = r.held("b1", "vmm-pause")
-    r.guest.api.call("PATCH", "/vm", {"state": "Paused"})
-    r.hold.touch()
-    assert making.finish() is None
-    r.mount.faults()
-    assert r.guest.api.state() == "Paused"
-    assert rig.wait_settled(r.sandbox / "branches/b1") == "ready"
-    r.guest.api.call("PATCH", "/vm", {"state": "Resumed"})
-    r.guest.visit_all(1)
+    """See api.check_paused_meanwhile."""
+    check_paused_meanwhile(CoopRig(case, mib=96))
 
 
 def test_attached_again(case):

@@ -49,7 +49,7 @@ _forkfs() {
 	COMPREPLY=()
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
-		--mount | --pid | --qemu | --coop | --disk | --owner | --store | --key | -o)
+		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o)
 			[[ ${COMP_WORDS[i + 1]} == = ]] && ((i++))
 			((i++))
 			;;
@@ -65,7 +65,7 @@ _forkfs() {
 		mapfile -t COMPREPLY < <(compgen -d -- "$current")
 		return
 		;;
-	--qemu | --coop)
+	--qemu | --firecracker | --coop)
 		mapfile -t COMPREPLY < <(compgen -f -- "$current")
 		return
 		;;
@@ -91,7 +91,7 @@ _forkfs() {
 		'') options='--mount --help --version' ;;
 		mount) options='-f -o --help' ;;
 		umount) options='--help' ;;
-		attach) options='--pid --qemu --coop --disk --track --force --owner --json --mount --help' ;;
+		attach) options='--pid --qemu --firecracker --coop --disk --track --force --owner --json --mount --help' ;;
 		ls | status) options='--json --mount --help' ;;
 		branch) options='--live --diff --full --no-wait --max-rate --force --store --key --json --mount --help' ;;
 		detach | wait | rm | verify | export) options='--mount --help' ;;

@@ -15,6 +15,10 @@ class Skip(Exception):
     """This machine cannot run the test; the text says why."""
 
 
+class Missing(Skip):
+    """The test wants a program that no machine has to have; the text says how to get it."""
+
+
 class Result:
     """What a command did."""
 

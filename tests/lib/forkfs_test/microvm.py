@@ -1,6 +1,5 @@
 """The project's own microVM on KVM (tests/microvm) in an integration test, with the API of examples/coop."""
 
-import http.client
 import json
 import os
 import socket
@@ -8,33 +7,8 @@ import subprocess
 import time
 
 from . import processes
+from .api import Api
 from .case import Skip
-
-
-class Api(http.client.HTTPConnection):
-    """A VMM's control API: HTTP over a unix socket."""
-
-    def __init__(self, path, timeout=10):
-        super().__init__("localhost", timeout=timeout)
-        self.path = str(path)
-
-    def connect(self):
-        """To the socket."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.path)
-
-    def call(self, method, path, body=None, good=(200, 204)):
-        """One request; its answer as JSON, None where it has none."""
-        self.request(method, path, json.dumps(body) if body is not None else None)
-        answer = self.getresponse()
-        text = answer.read()
-        assert answer.status in good, f"{method} {path}: {answer.status} {text[:300]!r}"
-        return json.loads(text) if text else None
-
-    def state(self):
-        """Running, Paused or Not started."""
-        return self.call("GET", "/")["state"]
 
 
 class MicroVm:

@@ -1,6 +1,6 @@
 """Run one test function in this process: python3 -m forkfs_test.one FILE FUNCTION DIRECTORY [long].
 
-Exit status 0: passed; 77: skipped, the reason in the last line; 1: failed. Started by runner.py in a session of its own.
+Exit status 0: passed; 77: skipped, the reason in the last line; 78: skipped for want of something optional; 1: failed. Started by runner.py in a session of its own.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ from . import case as case_module
 from . import processes
 
 SKIPPED = 77
+OPTIONAL = 78
 
 
 def load(path):
@@ -37,6 +38,8 @@ def main():
     status = 0
     try:
         getattr(load(path), function)(case)
+    except case_module.Missing as e:
+        status, why = OPTIONAL, str(e)
     except case_module.Skip as e:
         status, why = SKIPPED, str(e)
     except BaseException:  # whatever it is: the daemon's stacks and the clean-up must come
@@ -52,7 +55,7 @@ def main():
         status = 1
         print(*wrong, sep="\n")
     case.remove()
-    if status == SKIPPED:
+    if status in (SKIPPED, OPTIONAL):
         print(why)
     sys.stdout.flush()
     os._exit(status)  # reader threads of consoles may still sit in a read

@@ -1,0 +1,90 @@
+/* The same guest (guest.S) as an ELF64 kernel for Firecracker: the 64-bit Linux boot protocol, entered in ring 0 with
+ * rsi = boot_params and the first GiB mapped.
+ *
+ * The command line begins with two decimal numbers, in MiB: where the slice is, and its size. It makes page tables of
+ * its own for 16 GiB, and goes to ring 3 with IOPL 3: a hypervisor without hardware support emulates ring 0 instruction
+ * by instruction. */
+#define CMD_LINE_PTR 0x228		/* struct boot_params: hdr.cmd_line_ptr */
+#define TABLES 0x800000			/* PML4, PDPT, 16 page directories */
+
+	.text
+	.globl _start
+_start:	lea	stack_end(%rip), %rsp
+	mov	CMD_LINE_PTR(%rsi), %esi
+	call	number
+	mov	%rax, %r15
+	call	number
+	mov	%rax, %r14
+	mov	$TABLES, %edi			/* the VM may have been reset: all entries are written */
+	xor	%eax, %eax
+	mov	$(2 * 512), %ecx
+	rep stosq
+	movq	$(TABLES + 0x1000 + 7), TABLES
+	mov	$TABLES + 0x1000, %edi
+	mov	$(TABLES + 0x2000 + 7), %eax
+	mov	$16, %ecx
+1:	stosq
+	add	$4096, %rax
+	loop	1b
+	mov	$TABLES + 0x2000, %edi
+	mov	$0xe7, %eax			/* present, writable, user, accessed, dirty, 2 MiB */
+	mov	$(16 * 512), %ecx
+2:	stosq
+	add	$0x200000, %rax
+	loop	2b
+	mov	$TABLES, %eax
+	mov	%rax, %cr3
+	lgdt	gdt_pointer(%rip)
+	shl	$8, %r14			/* MiB -> pages, one of which counts the steps */
+	dec	%r14
+	shl	$20, %r15
+	xor	%ebx, %ebx
+3:	lea	-1(%r14), %rax
+	cmp	%rax, %rbx
+	jae	4f
+	lea	1(%rbx,%rbx), %rbx
+	jmp	3b
+4:	movabs	$0x9e3779b97f4a7c15, %rbp
+	movabs	$0x123456789abcdef, %r9
+	xor	%r8d, %r8d
+	xor	%r11d, %r11d
+	xor	%r13d, %r13d
+	mov	$'0', %edi
+	lea	stack_end(%rip), %rdx
+	lea	guest_begin(%rip), %rcx
+	push	$0x1b				/* ss */
+	push	%rdx
+	push	$0x3002				/* rflags: IOPL 3 */
+	push	$0x23				/* cs */
+	push	%rcx
+	iretq
+
+/* rax: the number at rsi, which is moved behind it and the blank after it */
+number:	xor	%eax, %eax
+5:	movzbl	(%rsi), %ecx
+	inc	%rsi
+	sub	$'0', %ecx
+	cmp	$9, %ecx
+	ja	6f
+	lea	(%rax,%rax,4), %rax
+	lea	(%rcx,%rax,2), %rax
+	jmp	5b
+6:	ret
+
+	.balign	8
+gdt:	.quad	0
+	.quad	0x00af9b000000ffff		/* 0x08: ring 0, 64-bit code */
+	.quad	0x00cf93000000ffff		/* 0x10: ring 0, data */
+	.quad	0x00cff3000000ffff		/* 0x18: ring 3, data */
+	.quad	0x00affb000000ffff		/* 0x20: ring 3, 64-bit code */
+gdt_end:
+gdt_pointer:
+	.word	gdt_end - gdt - 1
+	.quad	gdt
+
+	.bss
+	.balign	4096
+	.skip	8192
+stack_end:
+
+#include "guest.S"
