@@ -6,10 +6,10 @@ import sys
 
 from forkfs_test import probe
 
-from . import files, machine, pause, stall
+from . import files, machine, pause, stall, store
 from .record import Record
 
-BENCHES = {"pause": pause, "stall": stall, "files": files}
+BENCHES = {"pause": pause, "stall": stall, "files": files, "store": store}
 
 
 def sizes(text):
