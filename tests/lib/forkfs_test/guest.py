@@ -35,7 +35,7 @@ class Guest:
     """A running VM of a test.
 
     machine   microvm or q35; by default a microvm, and q35 where there is a disk (this kernel finds none on a microvm)
-    backend   memfd (shared), ram (private) or file (a child's: private mapping of `memory`)
+    backend   memfd (shared), hugetlb (shared, 2 MiB pages), ram (private) or file (a child's: private mapping of `memory`)
     run       what the guest starts, e.g. ["counter", "load,mib=64"]
     disk      None, "plain" or "iothread"
     image     the file behind the disk, which is there already; by default an empty one in the guest's own directory
@@ -74,6 +74,7 @@ class Guest:
         size = f"{self.mib}M"
         objects = {
             "memfd": f"memory-backend-memfd,id=ram0,size={size},share=on",
+            "hugetlb": f"memory-backend-memfd,id=ram0,size={size},share=on,hugetlb=on,hugetlbsize=2M",
             "ram": f"memory-backend-ram,id=ram0,size={size},share=off",
             "file": f"memory-backend-file,id=ram0,size={size},mem-path={memory},share=off",
         }
