@@ -366,8 +366,12 @@ static int capture_range(struct ffs_branch *b, uint64_t off, uint64_t len)
 {
 	struct ffs_tracker *t = b->tracker;
 	_cleanup_free_ void *buf = NULL;
+	int e = 0;
 
-	for (unsigned i = 0; i < t->pages->n && len; i++) {
+	pthread_rwlock_rdlock(&t->reading);
+	if (!t->memory)
+		e = -EIO; /* the VM was let go: what was in flight has failed */
+	for (unsigned i = 0; i < t->pages->n && e == 0; i++) {
 		struct ffs_pages_region *r = &t->pages->r[i];
 
 		if (off >= r->offset + r->size || off + len <= r->offset)
@@ -378,15 +382,18 @@ static int capture_range(struct ffs_branch *b, uint64_t off, uint64_t len)
 		uint64_t c = from / r->cluster_bytes, end = (to + r->cluster_bytes - 1) / r->cluster_bytes;
 		unsigned n;
 
-		for (; (n = ffs_tracker_needed(t, b, i, &c, end)) > 0; c += n) {
-			if (!buf && !(buf = malloc(t->pages->copy_max)))
-				return -ENOMEM;
+		for (; e == 0 && (n = ffs_tracker_needed(t, b, i, &c, end)) > 0; c += n) {
+			if (!buf && !(buf = malloc(t->pages->copy_max))) {
+				e = -ENOMEM;
+				break;
+			}
 			ffs_tracker_capture(t, i, c, n, buf);
 			if (ffs_branch_failed(b))
-				return -EIO; /* nothing of it may be read any more */
+				e = -EIO; /* nothing of it may be read any more */
 		}
 	}
-	return 0;
+	pthread_rwlock_unlock(&t->reading);
+	return e;
 }
 
 ssize_t ffs_branch_read_memory(struct ffs_branch *b, void *buf, size_t len, uint64_t off)

@@ -6,7 +6,8 @@
  * struct ffs_branch    one instant: image, vmstate, state, waiters
  *
  * Lock order (outer to inner): engine->lock, sandbox->lock, tracker->lock, branch->lock, cluster locks
- * (ascending). None of the mutexes is held while a cluster is copied, across I/O with the VMM, or by the
+ * (ascending). tracker->reading is held by readers of a branch in flight, with cluster locks below it and
+ * nothing above. None of the mutexes is held while a cluster is copied, across I/O with the VMM, or by the
  * fault handler thread, which takes cluster locks only. */
 #pragma once
 
@@ -48,7 +49,7 @@ void ffs_engine_fatal_add(int uffd);
 void ffs_engine_fatal_remove(int uffd);
 
 /* A place for a branch in flight. `branch` is valid for whoever raised `users` before loading it (slot_get in
- * tracker.c); clearing it waits until users is 0. So the fault path needs no lock to look at the branches. */
+ * capture.c); clearing it waits until users is 0. So the fault path needs no lock to look at the branches. */
 struct ffs_slot {
 	_Atomic(struct ffs_branch *) branch;
 	_Atomic uint32_t users;
@@ -61,7 +62,8 @@ struct ffs_tracker {
 	struct ffs_proc_id proc;
 	struct ffs_geometry geo;
 	struct ffs_pages *pages;
-	struct ffs_memory *memory;
+	struct ffs_memory *memory;    /* NULL once the tracker has ended; readers of branches hold `reading` */
+	pthread_rwlock_t reading;
 	void *fault_buf; /* the handler's, mlocked */
 	struct ffs_watchdog *watchdog;
 	struct ffs_wd_slot *wd;
@@ -184,7 +186,7 @@ struct ffs_sandbox {
 int ffs_tracker_new(struct ffs_engine *engine, struct ffs_vmm *vmm, const struct ffs_geometry *geo,
 	bool track, struct ffs_tracker **out, struct ffs_error *err);
 /* Fail what is in flight with *reason, end the threads, release the guest, close the uffd and the watchdog's
- * duplicates. The struct lives on until its last reference. */
+ * duplicates and the VMM's memory. The struct lives on until its last reference. */
 void ffs_tracker_end(struct ffs_tracker *t, const struct ffs_error *reason);
 struct ffs_tracker *ffs_tracker_ref(struct ffs_tracker *t);
 void ffs_tracker_unref(struct ffs_tracker *t);
@@ -198,6 +200,7 @@ static inline bool ffs_tracker_revoked(const struct ffs_tracker *t)
 	return atomic_load(&t->wd->revoked) != 0;
 }
 
+/* ---- capture.c ---- */
 /* The branch in a slot, pinned until ffs_slot_put; NULL when there is none. */
 struct ffs_branch *ffs_slot_get(struct ffs_slot *s);
 void ffs_slot_put(struct ffs_slot *s);
