@@ -98,7 +98,7 @@ static void test_branch(void **s)
 
 	assert_int_equal(take(sb, false, &b, &err), -EBUSY);
 	print_message("%s\n", err.text);
-	assert_non_null(strstr(err.text, "(force)"));
+	assert_non_null(strstr(err.text, "insist (force, --force)"));
 	assert_int_equal(vm.stops, stops); /* outside the pause: there was none */
 	assert_true(fake_vmm_runs(&vm, 1000));
 	assert_int_equal(take(sb, true, &b, &err), 0);
