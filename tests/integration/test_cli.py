@@ -34,7 +34,7 @@ WRONG_USAGE = [
     (["attach", "x/y", "--pid", "1"], "sandbox"),
     (["attach", ".x", "--pid", "1"], ".x"),
     (["attach", "x", "--pid", "1", "--owner", "1"], "UID:GID"),
-    (["attach", "x", "--firecracker", "/s"], "driver"),
+    (["attach", "x", "--firecracker", "/s", "--coop", "/t"], "only one"),
     (["branch", "x"], "BRANCH"),
     (["branch", "x", "a/b"], "a/b"),
     (["branch", "x", "b", "--live", "--diff"], "exclude"),
