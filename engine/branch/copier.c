@@ -205,6 +205,22 @@ static bool wants_large(
 	return empty <= r->clusters_per_slice / r->clusters_per_copy / 4;
 }
 
+/* With the locks of the slice, so that nobody writes into it meanwhile: where a fault captures into its middle
+ * between the look and the making, the kernel fills the gaps with folios of all sizes. A fault that comes just
+ * then waits for it, and lends its priority. */
+static bool make_large(
+	struct ffs_tracker *t, struct ffs_branch *b, unsigned region, uint64_t slice, char *buf)
+{
+	struct ffs_pages_region *r = &t->pages->r[region];
+
+	ffs_slice_lock(r, slice);
+	bool large = wants_large(t, b, region, slice, buf) &&
+		     ffs_image_populate(&b->image, r->offset + slice * r->slice_bytes);
+
+	ffs_slice_unlock(r, slice);
+	return large;
+}
+
 static void copy_slice(struct ffs_tracker *t, struct ffs_branch *b, uint64_t number, void *buf)
 {
 	unsigned region;
@@ -219,7 +235,7 @@ static void copy_slice(struct ffs_tracker *t, struct ffs_branch *b, uint64_t num
 	uint64_t c = slice * r->clusters_per_slice;
 	unsigned n;
 	uint64_t at = r->offset + slice * r->slice_bytes;
-	bool large = wants_large(t, b, region, slice, buf) && ffs_image_populate(&b->image, at);
+	bool large = make_large(t, b, region, slice, buf);
 
 	for (; !ffs_branch_failed(b) && (n = ffs_tracker_needed(t, b, region, &c, end)) > 0; c += n) {
 		if (atomic_load_explicit(&t->hold, memory_order_relaxed))
