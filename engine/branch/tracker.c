@@ -8,7 +8,6 @@
  * wakes such a fault unserved: it comes back as a new event, after the one that is in its way. */
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/futex.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
