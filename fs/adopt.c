@@ -22,18 +22,11 @@
 static int adopt_disks(struct ffs_named *n, struct ffs_stored *stored)
 {
 	unsigned count = ffs_stored_disks(stored);
+	int r = ffs_named_room_for_disks(n, count);
 
-	if (!count)
-		return 0;
-	n->disks = calloc(count, sizeof(*n->disks));
-	if (!n->disks)
-		return -ENOMEM;
-	for (; n->n_disks < count; n->n_disks++) {
-		snprintf(n->disks[n->n_disks].id, sizeof(n->disks[0].id), "%s",
-			ffs_stored_disk_id(stored, n->n_disks));
-		n->disks[n->n_disks].size = ffs_stored_disk_size(stored, n->n_disks);
-	}
-	return 0;
+	for (unsigned i = 0; !r && i < count; i++)
+		ffs_named_add_disk(n, ffs_stored_disk_id(stored, i), ffs_stored_disk_size(stored, i));
+	return r;
 }
 
 /* The key that a branch was taken under (the caller's to free), or NULL. */

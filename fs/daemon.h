@@ -216,6 +216,9 @@ struct ffs_named *ffs_named_find(struct ffs_sbx *sbx, const char *name);
 struct ffs_named *ffs_named_new(struct ffs_sbx *sbx, const char *name);
 /* The number of the disk with that ID, or -1. */
 int ffs_named_disk(const struct ffs_named *n, const char *id);
+/* Once, before anybody else knows the name: room for its disks (-ENOMEM), then each of them. */
+int ffs_named_room_for_disks(struct ffs_named *n, unsigned count);
+void ffs_named_add_disk(struct ffs_named *n, const char *id, uint64_t size);
 struct ffs_named *ffs_named_ref(struct ffs_named *n);
 void ffs_named_unref(struct ffs_named *n);
 /* Out of its list; drops the shot. */

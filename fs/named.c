@@ -71,18 +71,11 @@ static void publish(struct ffs_named *n, struct ffs_shot *s)
 static int copy_disks(struct ffs_named *n, struct ffs_branch *branch)
 {
 	unsigned count = ffs_branch_disks(branch);
+	int r = ffs_named_room_for_disks(n, count);
 
-	if (!count)
-		return 0;
-	n->disks = calloc(count, sizeof(*n->disks));
-	if (!n->disks)
-		return -ENOMEM;
-	for (; n->n_disks < count; n->n_disks++) {
-		snprintf(n->disks[n->n_disks].id, sizeof(n->disks[0].id), "%s",
-			ffs_branch_disk_id(branch, n->n_disks));
-		n->disks[n->n_disks].size = ffs_branch_disk_size(branch, n->n_disks);
-	}
-	return 0;
+	for (unsigned i = 0; !r && i < count; i++)
+		ffs_named_add_disk(n, ffs_branch_disk_id(branch, i), ffs_branch_disk_size(branch, i));
+	return r;
 }
 
 static int take(struct ffs_named *n, const struct ffs_take_options *how, struct ffs_cancel *cancel,

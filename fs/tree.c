@@ -339,6 +339,18 @@ int ffs_named_disk(const struct ffs_named *n, const char *id)
 	return -1;
 }
 
+int ffs_named_room_for_disks(struct ffs_named *n, unsigned count)
+{
+	n->disks = count ? calloc(count, sizeof(*n->disks)) : NULL;
+	return count && !n->disks ? -ENOMEM : 0;
+}
+
+void ffs_named_add_disk(struct ffs_named *n, const char *id, uint64_t size)
+{
+	snprintf(n->disks[n->n_disks].id, sizeof(n->disks[0].id), "%s", id);
+	n->disks[n->n_disks++].size = size;
+}
+
 struct ffs_named *ffs_named_ref(struct ffs_named *n)
 {
 	n->refs++;
