@@ -174,8 +174,7 @@ class Guest:
 
     def protected(self):
         """Mappings of the VMM that are registered for write protection."""
-        with open(f"/proc/{self.pid}/smaps") as f:
-            return sum(1 for line in f if line.startswith("VmFlags:") and " uw" in line)
+        return processes.protected(self.pid)
 
     def fds(self):
         """The VMM's open files, by what they are, each with how often."""

@@ -87,17 +87,11 @@ class MicroVm:
 
     def protected(self):
         """Mappings of the VMM that are registered for write protection."""
-        with open(f"/proc/{self.pid}/smaps") as f:
-            return sum(1 for line in f if line.startswith("VmFlags:") and " uw" in line)
+        return processes.protected(self.pid)
 
     def wait_free(self, within=1.0):
         """Fail unless nothing is registered within so many seconds, and no userfaultfd is left open in the VMM."""
-        deadline = time.monotonic() + within
-        while self.protected():
-            assert time.monotonic() < deadline, f"{self.name} is still protected after {within} s"
-            time.sleep(0.005)
-        links = [os.readlink(f"/proc/{self.pid}/fd/{n}") for n in os.listdir(f"/proc/{self.pid}/fd")]
-        assert "anon_inode:[userfaultfd]" not in links, links
+        processes.wait_free(self.pid, self.name, within)
 
     def left_over(self):
         """Files of forkfs beside the API socket."""

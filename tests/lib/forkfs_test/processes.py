@@ -121,3 +121,19 @@ def is_daemon(pid):
         return os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "forkfs"
     except OSError:
         return False
+
+
+def protected(pid):
+    """How many mappings of a process are registered for write protection."""
+    with open(f"/proc/{pid}/smaps") as f:
+        return sum(1 for line in f if line.startswith("VmFlags:") and " uw" in line)
+
+
+def wait_free(pid, name, within):
+    """Fail unless nothing of a process is registered within so many seconds, and no userfaultfd is left open in it."""
+    deadline = time.monotonic() + within
+    while protected(pid):
+        assert time.monotonic() < deadline, f"{name} is still protected after {within} s"
+        time.sleep(0.005)
+    links = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
+    assert "anon_inode:[userfaultfd]" not in links, links
