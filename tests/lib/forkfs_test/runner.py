@@ -156,7 +156,7 @@ def run_unit(build, name):
 
 
 def finish(outcomes, complete):
-    """Judge and count; the exit status. The last line is the counts."""
+    """Judge and count; the exit status. The failures once more, where they are found, and the last line is the counts."""
     able = not probe.reasons()
     count = {"passed": 0, "failed": 0, "skipped": 0}
     for o in outcomes:
@@ -169,6 +169,10 @@ def finish(outcomes, complete):
         if len(outcomes) < minimum:
             print(f"FAIL: {len(outcomes)} tests ran, tests/minimum.txt says at least {minimum}")
             count["failed"] += 1
+    for o in outcomes:
+        if o.result == "failed":
+            said = [line for line in o.output.splitlines() if line.startswith(("AssertionError", "E  ", "[  ERROR"))]
+            print(f"FAIL {o.name}: {o.why}", *said[:5], sep="\n    ")
     print(f"{count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped")
     return 1 if count["failed"] else 0
 

@@ -114,7 +114,10 @@ class Vmm:
             client, _ = self.listener.accept()
             data = b""
             while True:
-                more = client.recv(65536)
+                try:
+                    more = client.recv(65536)
+                except ConnectionResetError:  # the daemon has heard enough
+                    break
                 if not more:
                     break
                 data += more
