@@ -108,7 +108,8 @@ int ffs_draft_add_file(struct ffs_draft *d, const char *name, uint64_t size, con
 /* ---- manifest.c: text and members, no I/O
  * ----------------------------------------------------------------------------------- */
 
-/* Parse and check a manifest's text: the format's version, its own checksum where it has one (*sealed). */
+/* Parse and check a manifest's text (len bytes; no NUL need follow): the format's version, its own checksum where it
+ * has one (*sealed). */
 int ffs_manifest_parse(const char *text, size_t len, struct json_object **out, bool *sealed, struct ffs_error *err);
 /* The text of an object, with its checksum as the last member; the caller frees it. */
 int ffs_manifest_text(struct json_object *o, char **out, size_t *len, struct ffs_error *err);

@@ -157,6 +157,15 @@ static int check_format(struct json_object *o, struct ffs_error *err)
 	return 0;
 }
 
+static bool only_space(const char *text, size_t len)
+{
+	while (len && strchr(" \t\r\n", *text) && *text) {
+		text++;
+		len--;
+	}
+	return !len;
+}
+
 int ffs_manifest_parse(const char *text, size_t len, struct json_object **out, bool *sealed, struct ffs_error *err)
 {
 	struct json_tokener *tok = len <= FFS_MANIFEST_MAX ? json_tokener_new_ex(MAX_DEPTH) : NULL;
@@ -172,7 +181,7 @@ int ffs_manifest_parse(const char *text, size_t len, struct json_object **out, b
 
 	json_tokener_free(tok);
 	if (!o || bad != json_tokener_success || !json_object_is_type(o, json_type_object) ||
-		strspn(text + used, " \t\r\n") != len - used) {
+		!only_space(text + used, len - used)) {
 		json_object_put(o);
 		return ffs_error_set(err, EBADMSG, FFS_MANIFEST " is no JSON object (near byte %zu)", used);
 	}

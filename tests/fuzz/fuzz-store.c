@@ -1,10 +1,14 @@
-/* What is read from strangers: a manifest, a packed index, an import stream. The first byte of the input says which, the
- * rest is it.
+/* What is read from strangers: a manifest, a packed index, an import stream.
  *
- *   clang -fsanitize=fuzzer,address …   searches (docs of libFuzzer); corpus/ is where it begins
- *   -DFFS_REPLAY                        a plain program: each file named is tried, and with every byte changed in turn
+ *   -DFUZZ_TARGET=manifest|index|stream   a fuzzer of it (meson option `fuzz`, by clang: tests/README.md says how)
+ *   -DFFS_REPLAY                          a plain program: every file of the directories named (corpus/manifest, …) is
+ *                                         tried, and those called seed* with every byte changed in turn, and cut short
  *
- * Whatever the input, nothing may crash, and what was accepted must be usable. */
+ * Each input is tried as it is and with its checksums made right. Whatever the input, nothing may crash, and what was
+ * accepted must be usable. */
+#include "fuzz-store.h"
+
+#include <dirent.h>
 #include <fcntl.h>
 #include <json-c/json.h>
 #include <stdio.h>
@@ -15,23 +19,36 @@
 
 #include "store/internal.h"
 
+#define STRING(x) #x
+#define NAME_OF(x) STRING(x)
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-static void try_manifest(const char *text, size_t len)
+static void try_manifest(const unsigned char *text, size_t len)
 {
-	struct json_object *o = NULL;
+	struct json_object *o = NULL, *again = NULL;
 	struct ffs_manifest m = {0};
 	bool sealed = false;
+	char *out = NULL;
 
-	if (ffs_manifest_parse(text, len, &o, &sealed, NULL) < 0)
+	if (ffs_manifest_parse((const char *)text, len, &o, &sealed, NULL) < 0)
 		return;
-	if (ffs_manifest_load(o, true, &m, NULL) == 0)
+	if (ffs_manifest_load(o, true, &m, NULL) == 0) {
+		/* written anew, with its members that nobody knows, it can be read again */
+		if (ffs_manifest_text(o, &out, &len, NULL) < 0 ||
+			ffs_manifest_parse(out, len, &again, &sealed, NULL) < 0 || !sealed)
+			abort();
+		json_object_put(again);
+		free(out);
 		ffs_manifest_clear(&m);
+	}
 	json_object_put(o);
 }
 
 static void try_index(const unsigned char *bytes, size_t len)
 {
+	unsigned char *again = NULL;
+	size_t again_len = 0;
 	struct ffs_index x;
 
 	if (ffs_index_decode(bytes, len, &x, NULL) < 0)
@@ -40,83 +57,146 @@ static void try_index(const unsigned char *bytes, size_t len)
 		if (x.kind[i] != FFS_CHUNK_ZERO && (x.pack[i] >= x.n_packs ||
 				(uint64_t)x.offset[i] + x.stored[i] > x.packs[x.pack[i]].size))
 			abort();
+	if (ffs_index_encode(&x, &again, &again_len) < 0 || again_len != len)
+		abort();
+	free(again);
 	ffs_index_clear(&x);
 }
 
-static void try_stream(const void *bytes, size_t len)
+/* The branch is whole, and comes out of the store as it went in. */
+static void check_stored(struct ffs_store *st)
+{
+	int fd = memfd_create("again", MFD_CLOEXEC);
+	struct ffs_stored *s = NULL;
+
+	if (fd < 0 || ffs_stored_open(st, "s", "b", &s, NULL) < 0 || ffs_stored_verify(s, NULL, NULL) < 0)
+		abort();
+	if (ffs_stored_export(s, fd, NULL, NULL) < 0 || lseek(fd, 0, SEEK_SET) < 0 ||
+		ffs_store_import(st, fd, "s", "c", FFS_STORE_PACKED, NULL, NULL) < 0)
+		abort();
+	ffs_stored_unref(s);
+	close(fd);
+}
+
+static void try_stream(const unsigned char *bytes, size_t len)
 {
 	char dir[] = "/dev/shm/forkfs-fuzz-XXXXXX";
 	int fd = memfd_create("stream", MFD_CLOEXEC);
 	struct ffs_store *st = NULL;
-	struct ffs_stored *s = NULL;
 
 	if (fd < 0 || !mkdtemp(dir))
 		abort();
 	if (ffs_pwrite_full(fd, bytes, len, 0) != (ssize_t)len || ffs_store_open(dir, &st, NULL) < 0)
 		abort();
-	/* what was taken is whole */
-	if (ffs_store_import(st, fd, "s", "b", FFS_STORE_PACKED, NULL, NULL) == 0 &&
-		(ffs_stored_open(st, "s", "b", &s, NULL) < 0 || ffs_stored_verify(s, NULL, NULL) < 0))
-		abort();
-	ffs_stored_unref(s);
+	if (ffs_store_import(st, fd, "s", "b", FFS_STORE_MEMORY, NULL, NULL) == 0)
+		check_stored(st);
 	ffs_store_close(st);
 	close(fd);
 	if (ffs_store_remove_tree(AT_FDCWD, dir) < 0)
 		abort();
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+static const struct target {
+	const char *name;
+	void (*try)(const unsigned char *bytes, size_t len);
+	unsigned char *(*repair)(const unsigned char *in, size_t *len);
+} targets[] = {
+	{"manifest", try_manifest, repair_manifest},
+	{"index", try_index, repair_index},
+	{"stream", try_stream, repair_stream},
+};
+
+static const struct target *target_named(const char *name)
 {
-	if (!size)
-		return 0;
+	for (unsigned i = 0; i < FFS_ARRAY_LEN(targets); i++)
+		if (strcmp(targets[i].name, name) == 0)
+			return &targets[i];
+	return NULL;
+}
+
+static void try_both(const struct target *t, const unsigned char *data, size_t size)
+{
 	/* a copy of exactly that size: so that a sanitizer sees a read beyond it */
-	unsigned char *copy = malloc(size);
+	unsigned char *copy = malloc(size ? size : 1), *right;
 
 	if (!copy)
 		abort();
 	memcpy(copy, data, size);
-	if (copy[0] == 'm')
-		try_manifest((const char *)copy + 1, size - 1);
-	else if (copy[0] == 'i' && size > 128) {
-		try_index(copy + 1, size - 1);
-		/* and with the checksum made right, which would keep the rest from being looked at */
-		memset(copy + 1 + 112, 0, 16);
-		struct ffs_hash h = ffs_hash_of(copy + 1, size - 1);
-
-		memcpy(copy + 1 + 112, h.b, 16);
-		try_index(copy + 1, size - 1);
-	} else if (copy[0] == 'i')
-		try_index(copy + 1, size - 1);
-	else if (copy[0] == 's')
-		try_stream(copy + 1, size - 1);
+	t->try(copy, size);
+	right = t->repair(copy, &size);
 	free(copy);
+	if (!right)
+		return;
+	right = realloc(right, size ? size : 1);
+	if (!right)
+		abort();
+	t->try(right, size);
+	free(right);
+}
+
+#ifdef FUZZ_TARGET
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	try_both(target_named(NAME_OF(FUZZ_TARGET)), data, size);
+	return 0;
+}
+#endif
+
+#ifdef FFS_REPLAY
+static int replay(const struct target *t, const char *path, bool vary)
+{
+	static const unsigned char with[] = {0xff, 0x80, 0x01};
+	char *bytes = NULL;
+	size_t len = 0;
+
+	if (ffs_read_file(path, 1 << 20, &bytes, &len) < 0) {
+		fprintf(stderr, "%s cannot be read\n", path);
+		return -1;
+	}
+	unsigned char *at = (unsigned char *)bytes;
+
+	try_both(t, at, len);
+	for (size_t i = 0; vary && i < len; i++) {
+		for (unsigned k = 0; k < FFS_ARRAY_LEN(with); k++) {
+			at[i] ^= with[k];
+			try_both(t, at, len);
+			at[i] ^= with[k];
+		}
+		try_both(t, at, i);
+	}
+	free(bytes);
 	return 0;
 }
 
-#ifdef FFS_REPLAY
 int main(int argc, char **argv)
 {
 	for (int i = 1; i < argc; i++) {
-		char *text = NULL;
-		size_t len = 0;
+		const char *base = strrchr(argv[i], '/');
+		const struct target *t = base ? target_named(base + 1) : NULL;
+		struct dirent **list = NULL;
+		int n = t ? scandir(argv[i], &list, NULL, alphasort) : -1, tried = 0;
 
-		if (ffs_read_file(argv[i], 1 << 20, &text, &len) < 0) {
-			fprintf(stderr, "%s cannot be read\n", argv[i]);
+		if (n < 0) {
+			fprintf(stderr, "%s is no directory of a corpus\n", argv[i]);
 			return 1;
 		}
-		LLVMFuzzerTestOneInput((const uint8_t *)text, len);
-		for (size_t at = 1; at < len; at++)
-			for (unsigned k = 0; k < 3; k++) {
-				static const unsigned char with[] = {0xff, 0x80, 0x01};
+		for (int k = 0; k < n; k++) {
+			char path[600];
 
-				text[at] = (char)(text[at] ^ with[k]);
-				LLVMFuzzerTestOneInput((const uint8_t *)text, len);
-				text[at] = (char)(text[at] ^ with[k]);
+			snprintf(path, sizeof(path), "%s/%.250s", argv[i], list[k]->d_name);
+			if (list[k]->d_name[0] != '.') {
+				if (replay(t, path, strncmp(list[k]->d_name, "seed", 4) == 0) < 0)
+					return 1;
+				tried++;
 			}
-		for (size_t cut = 0; cut < len; cut++)
-			LLVMFuzzerTestOneInput((const uint8_t *)text, cut);
-		free(text);
-		printf("%s: %zu bytes\n", argv[i], len);
+			free(list[k]);
+		}
+		free(list);
+		if (!tried) {
+			fprintf(stderr, "%s is empty\n", argv[i]);
+			return 1;
+		}
+		printf("%s: %d inputs\n", t->name, tried);
 	}
 	return argc > 1 ? 0 : 1;
 }
