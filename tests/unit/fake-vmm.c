@@ -17,6 +17,7 @@
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <x86intrin.h>
 
 #include "base/fault.h"
 #include "base/util.h"
@@ -63,8 +64,9 @@ static void *writer(void *arg)
 		/* the last eighth is never touched: holes must stay holes */
 		if (page >= pages - pages / 8)
 			continue;
-		atomic_store_explicit(
-			&((_Atomic uint64_t *)at(page * 4096))[(seed >> 40) % 512], n, memory_order_relaxed);
+		/* a time stamp: a branch that is wrong can say by how much, and in which direction */
+		atomic_store_explicit(&((_Atomic uint64_t *)at(page * 4096))[(seed >> 40) % 512], __rdtsc(),
+			memory_order_relaxed);
 		atomic_fetch_add_explicit(&sh->writes[id], 1, memory_order_relaxed);
 	}
 	return NULL;

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 
+#include "branch-explain.h"
 #include "branch-kit.h"
 
 static void identity(enum fake_memory kind, bool track, unsigned rounds)
@@ -21,9 +22,9 @@ static void identity(enum fake_memory kind, bool track, unsigned rounds)
 
 		if (i % 2)
 			wait_ready(b); /* the image; otherwise while it is being captured */
-		assert_int_equal(wrong_pages(b, f.truth, f.size), 0);
+		assert_identical(b, &f, f.truth, i, i % 2 ? "ready" : "in flight");
 		wait_ready(b);
-		assert_int_equal(wrong_pages(b, f.truth, f.size), 0);
+		assert_identical(b, &f, f.truth, i, "ready, once more");
 		ffs_branch_unref(b);
 		assert_true(fake_vmm_runs(&f, 1000));
 	}
@@ -86,9 +87,9 @@ static void test_many_in_flight(void **s)
 				munmap(truth[i], f.size);
 				continue;
 			}
-			assert_int_equal(wrong_pages(b[i], truth[i], f.size), 0);
+			assert_identical(b[i], &f, truth[i], round, "several in flight");
 			wait_ready(b[i]);
-			assert_int_equal(wrong_pages(b[i], truth[i], f.size), 0);
+			assert_identical(b[i], &f, truth[i], round, "several, ready");
 			ffs_branch_unref(b[i]);
 			munmap(truth[i], f.size);
 		}
@@ -313,9 +314,9 @@ static void regions(enum fake_memory kind, bool track)
 		assert_int_equal(ffs_branch_read_memory(b, buf, sizeof(buf), f.size), 0);
 		if (i % 2)
 			wait_ready(b);
-		assert_int_equal(wrong_pages(b, f.truth, f.size), 0);
+		assert_identical(b, &f, f.truth, i, i % 2 ? "ready" : "in flight");
 		wait_ready(b);
-		assert_int_equal(wrong_pages(b, f.truth, f.size), 0);
+		assert_identical(b, &f, f.truth, i, "ready, once more");
 		ffs_branch_unref(b);
 		assert_true(fake_vmm_runs(&f, 2000));
 	}
@@ -592,5 +593,6 @@ int main(void)
 		cmocka_unit_test_teardown(test_stress, after),
 	};
 
+	cmocka_set_test_filter(getenv("FORKFS_TEST_FILTER")); /* a pattern; NULL: all */
 	return cmocka_run_group_tests(tests, kit_setup, kit_teardown);
 }
