@@ -187,6 +187,15 @@ static void add_key(struct json_object *manifest, struct ffs_shot *s)
 	pthread_mutex_unlock(&s->fs->lock);
 }
 
+/* The engine says whose pages it shared; else it came after the one that it resembles. */
+static void add_parent(struct json_object *manifest, const struct ffs_stored *share)
+{
+	struct json_object *parent = NULL;
+
+	if (share && (!json_object_object_get_ex(manifest, "parent", &parent) || !parent))
+		json_object_object_add(manifest, "parent", json_object_new_string(ffs_stored_id(share)));
+}
+
 static int write_branch(struct ffs_durable *d, struct ffs_error *err)
 {
 	struct ffs_publish_gate gate = {.enter = gate_enter, .leave = gate_leave, .arg = d};
@@ -201,7 +210,6 @@ static int write_branch(struct ffs_durable *d, struct ffs_error *err)
 			       : ffs_draft_memory(
 					 d->draft, memory, s->memory_size, d->kind, share, &d->progress, err);
 	ffs_close_fd(&memory);
-	ffs_stored_unref(share);
 	if (!r)
 		r = FFS_FAULT("store-vmstate");
 	if (!r)
@@ -214,9 +222,11 @@ static int write_branch(struct ffs_durable *d, struct ffs_error *err)
 	if (!r) {
 		add_owner(manifest, s->sbx);
 		add_key(manifest, s);
+		add_parent(manifest, share);
 		r = ffs_store_publish(d->draft, manifest, &gate, err);
 	}
 	json_object_put(manifest);
+	ffs_stored_unref(share);
 	return r;
 }
 

@@ -42,7 +42,7 @@ static int make_dirs(struct ffs_draft *d)
 			r = d->parent;
 			continue;
 		}
-		if (fstatat(d->parent, d->name, &s, AT_SYMLINK_NOFOLLOW) == 0)
+		if (!d->replaces && fstatat(d->parent, d->name, &s, AT_SYMLINK_NOFOLLOW) == 0)
 			return -EEXIST;
 		r = ffs_store_ops->mkdir(d->parent, d->dir);
 		if (r == -EEXIST)
@@ -51,8 +51,8 @@ static int make_dirs(struct ffs_draft *d)
 	return r;
 }
 
-int ffs_draft_begin(struct ffs_store *st, const char *sandbox, const char *name, struct ffs_draft **out,
-	struct ffs_error *err)
+static int begin(struct ffs_store *st, const char *sandbox, const char *name, struct ffs_stored *old,
+	struct ffs_draft **out, struct ffs_error *err)
 {
 	struct ffs_draft *d;
 	int r = ffs_check_name("sandbox", sandbox, err);
@@ -67,6 +67,7 @@ int ffs_draft_begin(struct ffs_store *st, const char *sandbox, const char *name,
 	if (!d)
 		return ffs_error_set(err, ENOMEM, "no memory");
 	*d = (struct ffs_draft){.st = st, .parent = -1, .fd = -1, .began_ns = ffs_now_ns()};
+	d->replaces = old ? ffs_stored_ref(old) : NULL;
 	pthread_mutex_init(&d->lock, NULL);
 	snprintf(d->sandbox, sizeof(d->sandbox), "%s", sandbox);
 	snprintf(d->name, sizeof(d->name), "%s", name);
@@ -88,9 +89,25 @@ int ffs_draft_begin(struct ffs_store *st, const char *sandbox, const char *name,
 	else
 		ffs_store_errno(st, -r, err, "branch %s/%s cannot be written", sandbox, name);
 	/* without its descriptor it is not ours to delete */
-	d->published = d->fd < 0;
+	if (d->fd < 0) {
+		d->published = true;
+		ffs_stored_unref(d->replaces);
+		d->replaces = NULL;
+	}
 	ffs_draft_end(d);
 	return r;
+}
+
+int ffs_draft_begin(struct ffs_store *st, const char *sandbox, const char *name, struct ffs_draft **out,
+	struct ffs_error *err)
+{
+	return begin(st, sandbox, name, NULL, out, err);
+}
+
+int ffs_draft_begin_other(struct ffs_store *st, const char *sandbox, const char *name, struct ffs_stored *old,
+	struct ffs_draft **out, struct ffs_error *err)
+{
+	return begin(st, sandbox, name, old, out, err);
 }
 
 int ffs_draft_dirfd(const struct ffs_draft *d)
@@ -113,7 +130,7 @@ int ffs_draft_rename(struct ffs_draft *d, const char *name, struct ffs_error *er
 	else if (d->discarded)
 		r = -ENOENT;
 	else
-		r = ffs_store_ops->rename(d->parent, d->dir, dir, false);
+		r = ffs_store_ops->rename(d->parent, d->dir, dir, FFS_RENAME_NEW);
 	if (!r) {
 		snprintf(d->dir, sizeof(d->dir), "%s", dir);
 		snprintf(d->name, sizeof(d->name), "%.79s", name);
@@ -135,7 +152,7 @@ static void discard_locked(struct ffs_draft *d)
 	ffs_uuid(id);
 	snprintf(to, sizeof(to), "%.80s.%.8s%s", d->name, id, FFS_SUFFIX_REMOVING);
 	/* where it cannot be renamed it is deleted under the name it has */
-	if (ffs_store_ops->rename(d->parent, d->dir, to, false) == 0)
+	if (ffs_store_ops->rename(d->parent, d->dir, to, FFS_RENAME_NEW) == 0)
 		snprintf(d->dir, sizeof(d->dir), "%s", to);
 }
 
@@ -153,12 +170,13 @@ void ffs_draft_end(struct ffs_draft *d)
 	pthread_mutex_lock(&d->lock);
 	discard_locked(d);
 	pthread_mutex_unlock(&d->lock);
-	/* what cannot be deleted now, recovery deletes */
-	if (!d->published && ffs_store_remove_tree(d->parent, d->dir) == 0)
+	/* the draft, or what had its place; what cannot be deleted now, recovery deletes */
+	if ((!d->published || d->replaces) && ffs_store_remove_tree(d->parent, d->dir) == 0)
 		ffs_store_ops->unlink(d->st->fd, d->sandbox, true);
 	ffs_close_fd(&d->fd);
 	ffs_close_fd(&d->parent);
 	pthread_mutex_destroy(&d->lock);
+	ffs_stored_unref(d->replaces);
 	free(d->blocks);
 	free(d->files);
 	free(d);
@@ -197,7 +215,7 @@ int ffs_draft_file(struct ffs_draft *d, const char *name, int fd, struct ffs_err
 	if (state)
 		XXH3_128bits_reset(state);
 	while (n > 0) {
-		n = ffs_pread_full(fd, buf, FFS_STORE_BLOCK, off);
+		n = ffs_store_ops->pread(fd, buf, FFS_STORE_BLOCK, off);
 		if (n <= 0)
 			break;
 		XXH3_128bits_update(state, buf, (size_t)n);
@@ -237,7 +255,7 @@ static int copy_extents(int in, int out, uint64_t size, struct ffs_store_progres
 			return -errno;
 		for (off = (uint64_t)data; !r && off < (uint64_t)hole;) {
 			uint64_t left = (uint64_t)hole - off;
-			ssize_t n = ffs_pread_full(in, buf, left < FFS_STORE_BLOCK ? left : FFS_STORE_BLOCK, off);
+			ssize_t n = ffs_store_ops->pread(in, buf, left < FFS_STORE_BLOCK ? left : FFS_STORE_BLOCK, off);
 
 			if (n <= 0)
 				return n < 0 ? (int)n : -EIO;
@@ -397,7 +415,7 @@ int ffs_draft_memory_from(struct ffs_draft *d, const struct ffs_store_source *sr
 
 static int read_fd(void *arg, void *buf, size_t len, uint64_t off, struct ffs_error *err)
 {
-	ssize_t n = ffs_pread_full(*(int *)arg, buf, len, off);
+	ssize_t n = ffs_store_ops->pread(*(int *)arg, buf, len, off);
 
 	if (n < 0)
 		return ffs_error_errno(err, (int)-n, "memory cannot be read");

@@ -118,7 +118,7 @@ static int put_file(struct out *o, const struct ffs_file_entry *f, struct ffs_er
 	r = put_record(o, FFS_RECORD_FILE, FFS_CHUNK_RAW, f->name, f->size, NULL, 0);
 	for (uint64_t off = 0; !r && off < f->size;) {
 		size_t len = f->size - off < FFS_STORE_BLOCK ? (size_t)(f->size - off) : FFS_STORE_BLOCK;
-		ssize_t n = ffs_pread_full(fd, o->buf, len, off);
+		ssize_t n = ffs_store_ops->pread(fd, o->buf, len, off);
 
 		if (n != (ssize_t)len)
 			return ffs_error_set(err, EIO, "%s/%s is shorter than its size", o->s->path, f->name);

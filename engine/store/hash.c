@@ -71,7 +71,7 @@ int ffs_hash_file(int fd, struct ffs_hash *out, uint64_t *size, struct ffs_store
 	if (state)
 		XXH3_128bits_reset(state);
 	while (n > 0) {
-		n = ffs_progress_cancelled(p) ? -EINTR : ffs_pread_full(fd, buf, PIECE, off);
+		n = ffs_progress_cancelled(p) ? -EINTR : ffs_store_ops->pread(fd, buf, PIECE, off);
 		if (n <= 0)
 			break;
 		XXH3_128bits_update(state, buf, (size_t)n);

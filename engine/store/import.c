@@ -33,14 +33,14 @@ static int get(struct in *in, void *bytes, size_t len, struct ffs_error *err)
 	size_t left = len;
 
 	while (left) {
-		ssize_t n = ffs_progress_cancelled(in->p) ? -1 : read(in->fd, at, left);
+		ssize_t n = ffs_progress_cancelled(in->p) ? 0 : ffs_store_ops->read(in->fd, at, left);
 
 		if (ffs_progress_cancelled(in->p))
 			return ffs_error_set(err, EINTR, "interrupted");
 		if (n == 0)
 			return torn(err, "it ends too early");
-		if (n < 0 && errno != EINTR)
-			return ffs_error_errno(err, errno, "the stream cannot be read");
+		if (n < 0 && n != -EINTR)
+			return ffs_error_errno(err, (int)-n, "the stream cannot be read");
 		at += n > 0 ? n : 0;
 		left -= n > 0 ? (size_t)n : 0;
 	}
@@ -256,6 +256,7 @@ int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const ch
 {
 	struct in in = {.fd = fd, .p = p, .state = XXH3_createState(), .packed = malloc(FFS_STORE_BLOCK)};
 	struct ffs_store_source src = {.read = read_block, .arg = &in};
+	struct ffs_stored *share = NULL;
 	struct json_object *manifest = NULL;
 	struct ffs_draft *d = NULL;
 	int r = in.state && in.packed ? 0 : ffs_error_set(err, ENOMEM, "no memory");
@@ -266,9 +267,12 @@ int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const ch
 	}
 	if (!r)
 		r = ffs_draft_begin(st, sandbox, name, &d, err);
-	if (!r)
-		r = ffs_draft_memory_from(d, &src, in.m.memory_size, kind == FFS_STORE_MEMORY ? kind_of(manifest) : kind,
-			NULL, p, err);
+	if (!r) {
+		kind = kind == FFS_STORE_MEMORY ? kind_of(manifest) : kind;
+		share = kind == FFS_STORE_PACKED ? ffs_store_find_share(st, sandbox, &in.m) : NULL;
+		r = ffs_draft_memory_from(d, &src, in.m.memory_size, kind, share, p, err);
+		ffs_stored_unref(share);
+	}
 	if (!r && !ffs_hash_equal(&d->memory_hash, &in.m.memory_hash))
 		r = torn(err, "memory as a whole has another hash than its manifest says");
 	if (!r)

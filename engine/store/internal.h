@@ -1,5 +1,6 @@
 /* The inside of engine/store: what its files share. Every change to a store's directory goes through the table of
- * operations, so that tests can record a publish, replay each prefix of it, and fail each step. */
+ * operations, so that tests can record a publish, replay each prefix of it, and fail each step; and so does every read
+ * of what the store does not trust to be there. */
 #pragma once
 
 #include <pthread.h>
@@ -22,8 +23,11 @@
 #define FFS_DISKS "disks/"
 #define FFS_MANIFEST_MAX (256u << 20)
 
-/* ---- ops.c: 0 (or bytes, or a descriptor) or -errno; EINTR is retried
+/* ---- ops.c: 0 (or bytes, or a descriptor) or -errno; EINTR is retried, but not by read
  * ------------------------------------------------------------------ */
+
+/* What is done with `to`: it must not be there; it is replaced; the two change places. */
+enum ffs_rename { FFS_RENAME_NEW, FFS_RENAME_OVER, FFS_RENAME_EXCHANGE };
 
 struct ffs_store_ops {
 	int (*mkdir)(int dir, const char *name);                     /* mode 0700 */
@@ -31,9 +35,11 @@ struct ffs_store_ops {
 	int (*write)(int fd, const void *buf, size_t len, uint64_t off); /* all of it */
 	int (*allocate)(int fd, uint64_t size);                      /* -ENOTSUP: the file system cannot */
 	int (*fsync)(int fd);
-	int (*rename)(int dir, const char *from, const char *to, bool replace);
+	int (*rename)(int dir, const char *from, const char *to, enum ffs_rename how);
 	int (*link)(int from_dir, const char *from, int dir, const char *to);
 	int (*unlink)(int dir, const char *name, bool directory);
+	ssize_t (*pread)(int fd, void *buf, size_t len, uint64_t off); /* all of it, but at the end of the file */
+	ssize_t (*read)(int fd, void *buf, size_t len);                /* what there is */
 };
 extern const struct ffs_store_ops ffs_store_ops_real;
 /* What is used; tests put a table of their own here. */
@@ -94,16 +100,20 @@ struct ffs_draft {
 	char dir[FFS_NAME_MAX]; /* its directory's name today */
 	atomic_bool discarded;
 	bool published;
+	struct ffs_stored *replaces; /* referenced: the branch whose place it takes; NULL: none has the name */
 	/* the writer's own: */
 	enum ffs_store_kind kind;
 	uint64_t memory_size, began_ns;
 	struct ffs_hash memory_hash, *blocks;
 	uint64_t n_blocks;
-	char parent_id[40], parent_name[80];
+	char shared_id[40], shared_name[80]; /* the branch whose packs it has links to */
 	struct ffs_file_entry *files; /* whose hashes are known from writing them */
 	unsigned n_files, room_files;
 };
 int ffs_draft_add_file(struct ffs_draft *d, const char *name, uint64_t size, const struct ffs_hash *hash);
+/* Begin another form of a published branch: publishing makes the two change places, and deletes the old one. */
+int ffs_draft_begin_other(struct ffs_store *st, const char *sandbox, const char *name, struct ffs_stored *old,
+	struct ffs_draft **out, struct ffs_error *err);
 
 /* ---- manifest.c: text and members, no I/O
  * ----------------------------------------------------------------------------------- */
@@ -118,7 +128,7 @@ int ffs_manifest_fill(struct json_object *o, const struct ffs_draft *d, const st
 	unsigned n, uint64_t publish_ns);
 
 struct ffs_manifest {
-	char id[40], name[80], sandbox[80];
+	char id[40], parent[40], name[80], sandbox[80];
 	uint64_t memory_size, vmstate_size, time_ns;
 	bool has_owner, owner_writes;
 	uid_t uid;
@@ -207,7 +217,7 @@ struct ffs_stored {
 	struct ffs_index index;
 	int *pack_fds;
 	atomic_bool packed_open;
-	int packed_error; /* why it cannot be opened; kept */
+	int packed_error; /* damaged: why it can never be opened */
 	struct ffs_error packed_why;
 	struct ffs_chunk_slot slots[FFS_CHUNK_SLOTS];
 };
@@ -217,6 +227,13 @@ ssize_t ffs_packed_read(struct ffs_stored *s, void *buf, size_t len, uint64_t of
 /* One whole chunk into `out`; checked: against its hash. */
 int ffs_packed_chunk(struct ffs_stored *s, uint64_t chunk, bool checked, void *out, struct ffs_error *err);
 void ffs_packed_close(struct ffs_stored *s);
+
+/* ---- share.c
+ * ------------------------------------------------------------------------------------------------------------ */
+
+/* The packed branch whose chunks one with this manifest most likely has: its parent, wherever it is in the store, else
+ * the sandbox's youngest. A reference, or NULL. */
+struct ffs_stored *ffs_store_find_share(struct ffs_store *st, const char *sandbox, const struct ffs_manifest *m);
 
 /* ---- verify.c
  * ----------------------------------------------------------------------------------------------------------- */

@@ -53,7 +53,7 @@ int ffs_manifest_fill(struct json_object *o, const struct ffs_draft *d, const st
 {
 	struct json_object *memory = object_at(o, "memory"), *vmstate = object_at(o, "vmstate"),
 			   *store = object_at(o, "store"), *list = json_object_new_array(),
-			   *blocks = json_object_new_array(), *parent = NULL;
+			   *blocks = json_object_new_array(), *shared = NULL;
 	char hex[33];
 
 	if (!memory || !vmstate || !store || !list || !blocks)
@@ -72,12 +72,12 @@ int ffs_manifest_fill(struct json_object *o, const struct ffs_draft *d, const st
 	json_object_object_add(memory, "blocks_xxh3_128", blocks);
 	json_object_object_add(store, "kind", json_object_new_string(ffs_store_kind_name(d->kind)));
 	add_u64(store, "write_ns", publish_ns);
-	if (d->parent_id[0]) {
-		parent = json_object_new_object();
-		json_object_object_add(parent, "id", json_object_new_string(d->parent_id));
-		json_object_object_add(parent, "name", json_object_new_string(d->parent_name));
+	if (d->shared_id[0]) {
+		shared = json_object_new_object();
+		json_object_object_add(shared, "id", json_object_new_string(d->shared_id));
+		json_object_object_add(shared, "name", json_object_new_string(d->shared_name));
 	}
-	json_object_object_add(o, "parent", parent);
+	json_object_object_add(store, "shared_with", shared);
 	for (unsigned i = 0; i < n; i++) {
 		struct json_object *f = json_object_new_object();
 
@@ -330,6 +330,7 @@ int ffs_manifest_load(struct json_object *o, bool blocks, struct ffs_manifest *o
 	json_object_object_get_ex(o, "memory", &memory);
 	json_object_object_get_ex(o, "vmstate", &vmstate);
 	snprintf(m.id, sizeof(m.id), "%.36s", string_at(o, "id"));
+	snprintf(m.parent, sizeof(m.parent), "%.36s", string_at(o, "parent"));
 	snprintf(m.name, sizeof(m.name), "%.64s", string_at(o, "name"));
 	snprintf(m.sandbox, sizeof(m.sandbox), "%.64s", string_at(o, "sandbox"));
 	m.time_ns = parse_time(string_at(o, "instant"));

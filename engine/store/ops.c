@@ -1,4 +1,4 @@
-/* Owns the table of operations that change a store, and what is made of them alone.
+/* Owns the table of operations that change and read a store, and what is made of them alone.
  *
  * Threads: any; the table is only exchanged by tests, before threads exist. No locks. Everything here may wait for
  * the disk. */
@@ -52,9 +52,12 @@ static int real_fsync(int fd)
 	return r < 0 ? -errno : 0;
 }
 
-static int real_rename(int dir, const char *from, const char *to, bool replace)
+static int real_rename(int dir, const char *from, const char *to, enum ffs_rename how)
 {
-	return renameat2(dir, from, dir, to, replace ? 0 : RENAME_NOREPLACE) < 0 ? -errno : 0;
+	static const unsigned flags[] = {
+		[FFS_RENAME_NEW] = RENAME_NOREPLACE, [FFS_RENAME_OVER] = 0, [FFS_RENAME_EXCHANGE] = RENAME_EXCHANGE};
+
+	return renameat2(dir, from, dir, to, flags[how]) < 0 ? -errno : 0;
 }
 
 static int real_link(int from_dir, const char *from, int dir, const char *to)
@@ -67,6 +70,18 @@ static int real_unlink(int dir, const char *name, bool directory)
 	return unlinkat(dir, name, directory ? AT_REMOVEDIR : 0) < 0 ? -errno : 0;
 }
 
+static ssize_t real_pread(int fd, void *buf, size_t len, uint64_t off)
+{
+	return ffs_pread_full(fd, buf, len, off);
+}
+
+static ssize_t real_read(int fd, void *buf, size_t len)
+{
+	ssize_t n = read(fd, buf, len);
+
+	return n < 0 ? -errno : n;
+}
+
 const struct ffs_store_ops ffs_store_ops_real = {
 	.mkdir = real_mkdir,
 	.create = real_create,
@@ -76,6 +91,8 @@ const struct ffs_store_ops ffs_store_ops_real = {
 	.rename = real_rename,
 	.link = real_link,
 	.unlink = real_unlink,
+	.pread = real_pread,
+	.read = real_read,
 };
 const struct ffs_store_ops *ffs_store_ops = &ffs_store_ops_real;
 

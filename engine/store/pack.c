@@ -189,7 +189,7 @@ static int read_other(struct ffs_packer *p, uint32_t ref, uint32_t len)
 	/* one that is being written is in the file up to what is buffered */
 	if (open && offset >= written)
 		memcpy(p->compressed, p->buf + (offset - written), stored);
-	else if (ffs_pread_full(open ? p->fd : fd, p->compressed, stored, offset) != (ssize_t)stored)
+	else if (ffs_store_ops->pread(open ? p->fd : fd, p->compressed, stored, offset) != (ssize_t)stored)
 		return -EIO;
 	return ffs_chunk_decode(p->x.kind[ref], p->compressed, stored, p->other, len, NULL) ? 0 : -EIO;
 }
@@ -218,6 +218,8 @@ static int link_pack(struct ffs_packer *p, uint16_t theirs)
 	if (r < 0)
 		return r;
 	p->shared_packs[theirs] = n;
+	snprintf(p->d->shared_id, sizeof(p->d->shared_id), "%s", p->share->m.id);
+	snprintf(p->d->shared_name, sizeof(p->d->shared_name), "%s", p->share->m.name);
 	return n;
 }
 
@@ -335,8 +337,6 @@ static int begin(struct ffs_packer *p, uint64_t memory_size, struct ffs_stored *
 	memset(p->table, 0xff, room * sizeof(*p->table));
 	if (!p->share)
 		return 0;
-	snprintf(p->d->parent_id, sizeof(p->d->parent_id), "%s", p->share->m.id);
-	snprintf(p->d->parent_name, sizeof(p->d->parent_name), "%s", p->share->m.name);
 	for (uint32_t i = 0; i < p->share->index.n_packs; i++)
 		p->shared_packs[i] = UNUSED;
 	for (uint64_t i = 0; i < p->share->index.n_chunks; i++)

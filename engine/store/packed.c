@@ -47,7 +47,7 @@ static int load_index(struct ffs_stored *s, struct ffs_error *err)
 	buf = malloc((size_t)st.st_size + 1);
 	if (!buf)
 		return ffs_error_set(err, ENOMEM, "no memory for the index of %s", s->path);
-	ssize_t n = ffs_pread_full(fd, buf, (size_t)st.st_size, 0);
+	ssize_t n = ffs_store_ops->pread(fd, buf, (size_t)st.st_size, 0);
 
 	if (n < 0)
 		return ffs_error_errno(err, (int)-n, "%s/" FFS_MEMORY_INDEX, s->path);
@@ -74,8 +74,12 @@ static int open_pack(struct ffs_stored *s, uint32_t i, struct ffs_error *err)
 		return ffs_error_errno(err, errno, "%s/%s", s->path, name);
 	s->pack_fds[i] = fd;
 	ffs_pack_header(want, s->index.packs[i].id);
-	if (fstat(fd, &st) < 0 || (uint64_t)st.st_size != s->index.packs[i].size ||
-		ffs_pread_full(fd, is, sizeof(is), 0) != (ssize_t)sizeof(is) || memcmp(is, want, sizeof(is)) != 0)
+	ssize_t n = fstat(fd, &st) < 0 ? -errno : ffs_store_ops->pread(fd, is, sizeof(is), 0);
+
+	if (n < 0)
+		return ffs_error_errno(err, (int)-n, "%s/%s", s->path, name);
+	if ((uint64_t)st.st_size != s->index.packs[i].size || n != (ssize_t)sizeof(is) ||
+		memcmp(is, want, sizeof(is)) != 0)
 		return ffs_error_set(err, EBADMSG, "%s/%s is not the pack that the index names", s->path, name);
 	return 0;
 }
@@ -95,6 +99,15 @@ static int open_all(struct ffs_stored *s, struct ffs_error *err)
 	return r;
 }
 
+static void close_all(struct ffs_stored *s)
+{
+	for (uint32_t i = 0; s->pack_fds && i < s->index.n_packs; i++)
+		ffs_close_fd(&s->pack_fds[i]);
+	free(s->pack_fds);
+	s->pack_fds = NULL;
+	ffs_index_clear(&s->index);
+}
+
 int ffs_packed_open(struct ffs_stored *s, struct ffs_error *err)
 {
 	int r = 0;
@@ -103,11 +116,17 @@ int ffs_packed_open(struct ffs_stored *s, struct ffs_error *err)
 		return 0;
 	pthread_mutex_lock(&s->lock);
 	if (!atomic_load(&s->packed_open) && !s->packed_error) {
-		s->packed_error = open_all(s, &s->packed_why);
-		if (!s->packed_error)
+		s->packed_why = (struct ffs_error){0};
+		r = open_all(s, &s->packed_why);
+		if (!r)
 			atomic_store_explicit(&s->packed_open, true, memory_order_release);
+		else
+			close_all(s);
+		/* damage stays; what a disk or a lack of memory refuses may be there the next time */
+		s->packed_error = r == -EBADMSG || r == -ENOTSUP ? r : 0;
+	} else {
+		r = s->packed_error;
 	}
-	r = s->packed_error;
 	if (r < 0 && err)
 		*err = s->packed_why;
 	pthread_mutex_unlock(&s->lock);
@@ -116,10 +135,7 @@ int ffs_packed_open(struct ffs_stored *s, struct ffs_error *err)
 
 void ffs_packed_close(struct ffs_stored *s)
 {
-	for (uint32_t i = 0; s->pack_fds && i < s->index.n_packs; i++)
-		ffs_close_fd(&s->pack_fds[i]);
-	free(s->pack_fds);
-	ffs_index_clear(&s->index);
+	close_all(s);
 	for (unsigned i = 0; i < FFS_CHUNK_SLOTS; i++) {
 		free(s->slots[i].buf);
 		pthread_mutex_destroy(&s->slots[i].lock);
@@ -140,7 +156,7 @@ int ffs_packed_chunk(struct ffs_stored *s, uint64_t chunk, bool checked, void *o
 		memset(out, 0, len);
 		return 0;
 	}
-	n = ffs_pread_full(s->pack_fds[x->pack[chunk]], in, stored, x->offset[chunk]);
+	n = ffs_store_ops->pread(s->pack_fds[x->pack[chunk]], in, stored, x->offset[chunk]);
 	if (n == (ssize_t)stored &&
 		ffs_chunk_decode(x->kind[chunk], in, stored, out, len, checked ? &x->hash[chunk] : NULL))
 		return 0;

@@ -1,8 +1,9 @@
 /* Owns the step from a draft to a branch. Nothing else renames a draft to a branch's name.
  *
  * The order is the product: every file is synced, the manifest is written and synced last, the directory is synced,
- * then renamed (never over another), then the parent is synced. Whatever fails or dies before the rename leaves a
- * draft, which recovery removes; after it the branch is whole.
+ * then renamed (never over another; a branch in another form changes places with the one there was), then the parent
+ * is synced. Whatever fails or dies before the rename leaves a draft, which recovery removes; after it the branch is
+ * whole.
  *
  * Threads: the draft's writer. d->lock is held across the rename and the sync of the parent. */
 #include "store/internal.h"
@@ -130,18 +131,31 @@ static int write_manifest(struct listing *l, struct json_object *manifest, struc
 	return r;
 }
 
+/* Is the branch that it replaces still the one under its name? */
+static int check_replaced(const struct ffs_draft *d)
+{
+	struct stat is, was;
+
+	if (fstatat(d->parent, d->name, &is, AT_SYMLINK_NOFOLLOW) < 0 || fstat(d->replaces->dir, &was) < 0)
+		return -errno;
+	return is.st_dev == was.st_dev && is.st_ino == was.st_ino ? 0 : -ENOENT;
+}
+
 /* d->lock held: now it is a branch. */
 static int rename_draft(struct ffs_draft *d)
 {
-	int r = d->discarded ? -ECANCELED : ffs_store_ops->rename(d->parent, d->dir, d->name, false);
+	enum ffs_rename how = d->replaces ? FFS_RENAME_EXCHANGE : FFS_RENAME_NEW;
+	int r = d->discarded ? -ECANCELED : d->replaces ? check_replaced(d) : 0;
 
+	if (!r)
+		r = ffs_store_ops->rename(d->parent, d->dir, d->name, how);
 	if (r < 0)
 		return r;
 	r = FFS_FAULT("store-renamed");
 	if (!r)
 		r = ffs_store_ops->fsync(d->parent);
 	/* not known to be durable: then it must not be there */
-	if (r < 0 && ffs_store_ops->rename(d->parent, d->name, d->dir, false) < 0)
+	if (r < 0 && ffs_store_ops->rename(d->parent, d->name, d->dir, how) < 0)
 		r = -EIO;
 	if (!r)
 		d->published = true;
@@ -176,6 +190,13 @@ int ffs_store_publish(struct ffs_draft *d, struct json_object *manifest, const s
 	}
 	if (r == -EEXIST)
 		return ffs_error_set(err, EEXIST, "the store has a branch %s/%s already", d->sandbox, d->name);
+	if (r == -ENOENT && d->replaces)
+		return ffs_error_set(err, ENOENT, "branch %s was renamed or removed meanwhile", d->label);
+	if (r == -EINVAL && d->replaces)
+		return ffs_error_set(err, EOPNOTSUPP,
+			"branch %s cannot be converted in place: the file system of the store cannot exchange two "
+			"names (export and import it instead)",
+			d->label);
 	if (r == -ECANCELED)
 		return ffs_error_set(err, EINTR, "the writing of branch %s was given up", d->label);
 	return r < 0 ? ffs_store_errno(d->st, -r, err, "branch %s cannot be published", d->label) : 0;

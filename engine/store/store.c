@@ -239,7 +239,7 @@ static int record_failure(struct ffs_store *st, int dir, const char *name, const
 	if (!r)
 		r = ffs_store_write_file(dir, fresh, text, strlen(text));
 	if (!r)
-		r = ffs_store_ops->rename(dir, fresh, final, true);
+		r = ffs_store_ops->rename(dir, fresh, final, FFS_RENAME_OVER);
 	if (!r)
 		r = ffs_store_ops->fsync(dir);
 	json_object_put(o);
@@ -274,7 +274,7 @@ int ffs_store_failure(struct ffs_store *st, const char *sandbox, const char *nam
 	text = calloc(1, (size_t)s.st_size + 1);
 	if (!text)
 		return -ENOMEM;
-	if (ffs_pread_full(fd, text, (size_t)s.st_size, 0) < 0)
+	if (ffs_store_ops->pread(fd, text, (size_t)s.st_size, 0) < 0)
 		return -EIO;
 	o = json_tokener_parse(text);
 	if (o && json_object_is_type(o, json_type_object) && json_object_object_get_ex(o, "error", &v) &&
@@ -307,7 +307,7 @@ int ffs_store_remove(struct ffs_store *st, const char *sandbox, const char *name
 	if (dir >= 0) {
 		removing_name(to, name);
 		snprintf(failed, sizeof(failed), "%.80s%s", name, FFS_SUFFIX_FAILED);
-		r = ffs_store_ops->rename(dir, name, to, false);
+		r = ffs_store_ops->rename(dir, name, to, FFS_RENAME_NEW);
 		if (!r || r == -ENOENT) {
 			gone = ffs_store_ops->unlink(dir, failed, false);
 			if (!gone || gone != -ENOENT)
@@ -354,12 +354,12 @@ int ffs_store_rename(struct ffs_store *st, const char *sandbox, const char *from
 {
 	_cleanup_close_ int dir = ffs_store_open_subdir(st->fd, sandbox);
 	char failed_from[FFS_NAME_MAX], failed_to[FFS_NAME_MAX];
-	int r = dir < 0 ? dir : ffs_store_ops->rename(dir, from, to, false);
+	int r = dir < 0 ? dir : ffs_store_ops->rename(dir, from, to, FFS_RENAME_NEW);
 
 	if (r == -ENOENT && dir >= 0) {
 		snprintf(failed_from, sizeof(failed_from), "%.80s%s", from, FFS_SUFFIX_FAILED);
 		snprintf(failed_to, sizeof(failed_to), "%.80s%s", to, FFS_SUFFIX_FAILED);
-		r = ffs_store_ops->rename(dir, failed_from, failed_to, false);
+		r = ffs_store_ops->rename(dir, failed_from, failed_to, FFS_RENAME_NEW);
 	}
 	if (!r)
 		r = ffs_store_ops->fsync(dir);
@@ -395,7 +395,7 @@ static int recover_draft(struct recovery *r, int dir, const char *name)
 	}
 	if (!code) {
 		removing_name(gone, branch);
-		code = ffs_store_ops->rename(dir, name, gone, false);
+		code = ffs_store_ops->rename(dir, name, gone, FFS_RENAME_NEW);
 	}
 	return code;
 }
@@ -421,26 +421,34 @@ static int recover_sandbox(void *arg, int dir, const char *name)
 	return code ? code : ffs_store_reap(r->st, name, NULL);
 }
 
+int ffs_store_lock(struct ffs_store *st, struct ffs_error *err)
+{
+	int code;
+
+	if (st->lock >= 0)
+		return 0;
+	st->lock = openat(st->fd, LOCK_FILE, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+	if (st->lock < 0)
+		return ffs_store_errno(st, errno, err, "the store %s cannot be locked", st->path);
+	if (flock(st->lock, LOCK_EX | LOCK_NB) == 0)
+		return 0;
+	code = errno;
+	ffs_close_fd(&st->lock);
+	if (code == EWOULDBLOCK)
+		return ffs_error_set(err, EBUSY,
+			"the store %s is served by another forkfs daemon: give each mount a store of its own, or end that "
+			"one",
+			st->path);
+	return ffs_error_errno(err, code, "the store %s cannot be locked", st->path);
+}
+
 int ffs_store_recover(struct ffs_store *st, struct ffs_error *err)
 {
 	struct recovery r = {.st = st};
-	int code;
+	int code = ffs_store_lock(st, err);
 
-	if (st->lock < 0) {
-		st->lock = openat(st->fd, LOCK_FILE, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-		if (st->lock < 0)
-			return ffs_store_errno(st, errno, err, "the store %s cannot be locked", st->path);
-		if (flock(st->lock, LOCK_EX | LOCK_NB) < 0) {
-			code = errno;
-			ffs_close_fd(&st->lock);
-			if (code == EWOULDBLOCK)
-				return ffs_error_set(err, EBUSY,
-					"the store %s is served by another forkfs daemon: give each mount a store of "
-					"its own, or end that one",
-					st->path);
-			return ffs_error_errno(err, code, "the store %s cannot be locked", st->path);
-		}
-	}
+	if (code < 0)
+		return code;
 	code = each_name(st->fd, ".", recover_sandbox, &r);
 	return code < 0 ? ffs_store_errno(st, -code, err, "the store %s cannot be recovered", st->path) : 0;
 }

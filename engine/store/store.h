@@ -55,8 +55,10 @@ int ffs_store_fd(const struct ffs_store *st);
 /* What its file system has free for us. */
 int ffs_store_free_bytes(const struct ffs_store *st, uint64_t *out, struct ffs_error *err);
 
-/* For a daemon that serves the store: be the only one (a lock that goes with the process; EBUSY names the remedy),
- * finish what was being removed, and turn each draft that nobody is writing any more into the record of a failed
+/* Be the only one that serves the store, or changes what it has: a lock that goes with the process. EBUSY names the
+ * remedy. */
+int ffs_store_lock(struct ffs_store *st, struct ffs_error *err);
+/* For a daemon that serves the store: lock it, finish what was being removed, and turn each draft that nobody is writing any more into the record of a failed
  * branch. */
 int ffs_store_recover(struct ffs_store *st, struct ffs_error *err);
 
@@ -128,7 +130,7 @@ struct ffs_publish_gate {
 	void *arg;
 };
 /* Make the draft a branch, durably: every file synced, the manifest last, the directory synced, renamed with
- * RENAME_NOREPLACE, the parent synced. `manifest`: what the engine says of the branch (not consumed); the store adds
+ * RENAME_NOREPLACE (a conversion: exchanged with what it replaces), the parent synced. `manifest`: what the engine says of the branch (not consumed); the store adds
  * its own members. On failure nothing has been published. The draft is to be ended in any case. `gate` may be NULL.
  */
 int ffs_store_publish(struct ffs_draft *d, struct json_object *manifest, const struct ffs_publish_gate *gate,
@@ -148,6 +150,9 @@ int ffs_stored_open(struct ffs_store *st, const char *sandbox, const char *name,
 int ffs_stored_open_dir(const char *path, struct ffs_stored **out, struct ffs_error *err);
 struct ffs_stored *ffs_stored_ref(struct ffs_stored *s);
 void ffs_stored_unref(struct ffs_stored *s);
+
+/* Open every file that can be read of it, so that it can be read to its end although its directory goes. */
+int ffs_stored_hold(struct ffs_stored *s, struct ffs_error *err);
 
 const char *ffs_stored_id(const struct ffs_stored *s);
 /* FFS_STORE_DENSE or FFS_STORE_PACKED. */
@@ -193,6 +198,11 @@ int ffs_stored_export(struct ffs_stored *s, int fd, struct ffs_store_progress *p
  * FFS_STORE_MEMORY keeps the stream's. */
 int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const char *name,
 	enum ffs_store_kind kind, struct ffs_store_progress *p, struct ffs_error *err);
+/* Give a branch the other form, FFS_STORE_DENSE or FFS_STORE_PACKED: 1, or 0 when it has that. Everything is compared
+ * with the manifest's hashes; the two forms change places in one step, with the gate held (NULL: none), and the old one
+ * is deleted. On failure the old one is as it was. Only for who has locked the store. */
+int ffs_store_convert(struct ffs_store *st, const char *sandbox, const char *name, enum ffs_store_kind kind,
+	const struct ffs_publish_gate *gate, struct ffs_store_progress *p, struct ffs_error *err);
 /* What the files of a branch's directory hold, as JSON: the packed index decoded, every file with its size;
  * `chunks`: each chunk too. Opens damaged ones as far as they make sense. Owned by the caller. */
 int ffs_store_inspect(const char *path, bool chunks, struct json_object **out, struct ffs_error *err);

@@ -37,14 +37,14 @@ static int read_manifest(const struct ffs_stored *s, char **out, size_t *len, st
 			buf = more;
 			room *= 2;
 		}
-		got = read(fd, buf + n, room - n);
-		if (got < 0 && errno == EINTR)
+		got = ffs_store_ops->read(fd, buf + n, room - n);
+		if (got == -EINTR)
 			got = 1;
 		else if (got > 0)
 			n += (size_t)got;
 	}
 	if (!buf || got != 0) {
-		int code = !buf ? ENOMEM : got < 0 ? errno : EFBIG;
+		int code = !buf ? ENOMEM : got < 0 ? (int)-got : EFBIG;
 
 		free(buf);
 		return ffs_error_errno(err, code, "%s/" FFS_MANIFEST, s->path);
@@ -289,6 +289,11 @@ int ffs_stored_manifest(const struct ffs_stored *s, struct json_object **out, st
 /* ---- reading
  * ----------------------------------------------------------------------------------------------------------- */
 
+static bool is_disk(const struct ffs_file_entry *f)
+{
+	return strncmp(f->name, FFS_DISKS, strlen(FFS_DISKS)) == 0;
+}
+
 /* The descriptor of a file, opened at the first use. */
 static int file_fd(struct ffs_stored *s, atomic_int *slot, const char *name)
 {
@@ -319,6 +324,24 @@ int ffs_stored_vmstate_fd(struct ffs_stored *s)
 	return file_fd(s, &s->vmstate, FFS_VMSTATE);
 }
 
+int ffs_stored_hold(struct ffs_stored *s, struct ffs_error *err)
+{
+	int r = s->kind == FFS_STORE_PACKED ? ffs_packed_open(s, err) : 0;
+
+	if (r < 0)
+		return r;
+	if (s->kind == FFS_STORE_DENSE)
+		r = file_fd(s, &s->memory, FFS_MEMORY_DENSE);
+	if (r >= 0)
+		r = file_fd(s, &s->vmstate, FFS_VMSTATE);
+	if (r >= 0)
+		r = file_fd(s, &s->manifest, FFS_MANIFEST);
+	for (unsigned i = 0; r >= 0 && i < s->m.n_files; i++)
+		if (is_disk(&s->m.files[i]))
+			r = file_fd(s, &s->disks[i], s->m.files[i].name);
+	return r < 0 ? ffs_error_errno(err, -r, "%s", s->path) : 0;
+}
+
 /* Up to `size`; a file that ends before is damaged. */
 static ssize_t read_at(int fd, uint64_t size, void *buf, size_t len, uint64_t off)
 {
@@ -330,7 +353,7 @@ static ssize_t read_at(int fd, uint64_t size, void *buf, size_t len, uint64_t of
 		return 0;
 	if (len > size - off)
 		len = (size_t)(size - off);
-	n = ffs_pread_full(fd, buf, len, off);
+	n = ffs_store_ops->pread(fd, buf, len, off);
 	return n >= 0 && (size_t)n < len ? -EIO : n;
 }
 
@@ -353,11 +376,6 @@ ssize_t ffs_stored_read_vmstate(struct ffs_stored *s, void *buf, size_t len, uin
 
 /* ---- disks
  * ------------------------------------------------------------------------------------------------------------- */
-
-static bool is_disk(const struct ffs_file_entry *f)
-{
-	return strncmp(f->name, FFS_DISKS, strlen(FFS_DISKS)) == 0;
-}
 
 unsigned ffs_stored_disks(const struct ffs_stored *s)
 {

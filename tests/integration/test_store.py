@@ -332,7 +332,9 @@ def test_generations(case):
         assert r.difference(branch) == ""
         truths[f"g{i}"] = digest(r.truth)
         sizes[f"g{i}"] = status(branch)["disk_bytes"] - status(branch)["disk_shared_bytes"]
-    assert status(branch)["parent"]["name"] == "g8"
+    manifest = json.loads((branch / "manifest.json").read_text())
+    assert manifest["store"]["shared_with"]["name"] == "g8" and manifest["parent"] == status(branch.with_name("g8"))["id"]
+    assert status(branch)["parent"] == manifest["parent"]
     row = r.mount.run("ls", r.guest.name).out.splitlines()[-1].split()
     assert row[0] == "g9" and row.count("MiB") >= 3, row
     assert sizes["g9"] < status(branch)["disk_bytes"] * 0.8, "the generations share little"
