@@ -401,7 +401,8 @@ int ffs_durable_rename(struct ffs_named *n, const char *to, struct ffs_error *er
 static void add_from_manifest(struct ffs_stored *stored, struct json_object *o)
 {
 	static const char *const keys[] = {"id", "instant", "mode", "pause_ns", "phases", "faults",
-		"converge_rounds", "dirty_at_pause_pages", "torn_possible", "disks", "parent", NULL};
+		"converge_rounds", "dirty_at_pause_pages", "torn_possible", "disks", "parent", "vmm",
+		"imported", NULL};
 	struct json_object *m = NULL, *v;
 
 	if (ffs_stored_manifest(stored, &m, NULL) < 0)

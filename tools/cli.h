@@ -33,6 +33,7 @@ int ffs_cmd_status(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_wait(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_rm(const struct ffs_command *self, int argc, char **argv);
+int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_verify(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_export(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_import(const struct ffs_command *self, int argc, char **argv);

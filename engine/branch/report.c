@@ -202,6 +202,16 @@ static void add_branch_head(struct json_object *o, struct ffs_branch *b)
 		json_object_object_add(o, "torn_possible", copy_of(b->torn));
 }
 
+/* What a restore has to know of the VMM; in the status too, for a child may be started while the branch is written. */
+static void add_vmm(struct json_object *o, const struct ffs_branch *b)
+{
+	struct json_object *vmm = json_object_new_object();
+
+	add_str(vmm, "kind", b->vmm_kind);
+	add_all(vmm, b->vmm);
+	json_object_object_add(o, "vmm", vmm);
+}
+
 static void add_disks(struct json_object *o, const struct ffs_branch *b)
 {
 	struct json_object *list = json_object_new_array();
@@ -268,6 +278,7 @@ int ffs_branch_status(struct ffs_branch *b, struct json_object **out)
 	add_u64(o, "image_bytes", memory);
 	add_u64(o, "vmstate_bytes", b->vmstate_size);
 	add_disks(o, b);
+	add_vmm(o, b);
 	ffs_report_phases(o, &ph);
 	add_u64(o, "faults", atomic_load(&b->faults));
 	add_u64(o, "fault_max_ns", atomic_load(&b->fault_max_ns));
@@ -285,13 +296,12 @@ int ffs_branch_manifest(struct ffs_branch *b, struct json_object **out)
 	if (state != FFS_BRANCH_READY)
 		return state == FFS_BRANCH_WRITING ? -EAGAIN : -EIO;
 	struct json_object *o = json_object_new_object(), *mem = json_object_new_object(),
-			   *vs = json_object_new_object(), *vmm = json_object_new_object();
+			   *vs = json_object_new_object();
 
-	if (!o || !mem || !vs || !vmm) {
+	if (!o || !mem || !vs) {
 		json_object_put(o);
 		json_object_put(mem);
 		json_object_put(vs);
-		json_object_put(vmm);
 		return -ENOMEM;
 	}
 	add_u64(o, "format", 1);
@@ -302,9 +312,7 @@ int ffs_branch_manifest(struct ffs_branch *b, struct json_object **out)
 	add_u64(vs, "size", b->vmstate_size);
 	json_object_object_add(o, "vmstate", vs);
 	add_disks(o, b);
-	add_str(vmm, "kind", b->vmm_kind);
-	add_all(vmm, b->vmm);
-	json_object_object_add(o, "vmm", vmm);
+	add_vmm(o, b);
 	ffs_report_phases(o, &ph);
 	add_u64(o, "faults", atomic_load(&b->faults));
 	*out = o;

@@ -280,6 +280,8 @@ int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const ch
 	if (!r) {
 		/* it has a name of its user's, and is no entry of a cache any more */
 		json_object_object_del(manifest, "key");
+		/* by a stranger: what it says is not run without being asked for */
+		json_object_object_add(manifest, "imported", json_object_new_boolean(true));
 		r = ffs_store_publish(d, manifest, NULL, err);
 	}
 	ffs_draft_end(d);

@@ -45,6 +45,11 @@ WRONG_USAGE = [
     (["wait"], "NAME/BRANCH"),
     (["wait", "x"], "NAME/BRANCH"),
     (["rm", "x/b", "x"], "NAME/BRANCH"),
+    (["restore", "x"], "NAME/BRANCH"),
+    (["restore", "x/b", "-n", "0"], "-n is a number"),
+    (["restore", "x/b", "-n", "many"], "many"),
+    (["restore", "x/b", "--attach", "a", "--paused"], "exclude"),
+    (["restore", "x/b", "--track"], "--attach"),
     (["verify"], "NAME/BRANCH"),
     (["export", "x/b"], "FILE"),
     (["import", "f", "x"], "NAME/BRANCH"),
@@ -63,7 +68,8 @@ def test_usage(case):
         assert result.code == 2, f"forkfs {words}: {result.code} {result.err}"
         assert part in result.err and not result.out, f"forkfs {words}: {result.err}"
     listed = case.run(case.forkfs(), "help").out
-    for command in ("mount", "umount", "attach", "detach", "ls", "status", "branch", "wait", "rm", "verify", "export", "import", "inspect", "doctor"):
+    for command in ("mount", "umount", "attach", "detach", "ls", "status", "branch", "wait", "rm", "restore", "verify",
+                    "export", "import", "inspect", "doctor"):
         assert f"  {command} " in listed
         assert case.run(case.forkfs(), command, "--help").out.startswith(f"usage: forkfs {command} ")
     assert case.run(case.forkfs(), "version").out.startswith("forkfs ")

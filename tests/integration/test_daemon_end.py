@@ -171,7 +171,7 @@ def test_child_outlives_daemon(case):
         print("no passthrough on this machine: children go with the daemon")
         return
     branch = ready(r.branch("b1"))
-    os.environ.update(LD_PRELOAD=case.tool("open-read-only.so"), OPEN_READ_ONLY=str(r.mount.path))
+    os.environ.update(LD_PRELOAD=case.tool("../../tools/forkfs-open-read-only.so"), FORKFS_OPEN_READ_ONLY=str(r.mount.path))
     child = r.guest.child("child", branch / "memory.bin", branch / "vmstate")
     del os.environ["LD_PRELOAD"]
     assert opened_for_reading(child, branch / "memory.bin"), "the child has its memory open for writing"

@@ -43,13 +43,13 @@ _forkfs_branches() {
 }
 
 _forkfs() {
-	local commands='mount umount attach detach ls status branch wait rm doctor version help'
+	local commands='mount umount attach detach ls status branch wait rm restore doctor version help'
 	local current=$2 previous=$3 command='' words=0 i options=''
 
 	COMPREPLY=()
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
-		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o)
+		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o | -n | --attach | --vmm | --conf | --dir)
 			[[ ${COMP_WORDS[i + 1]} == = ]] && ((i++))
 			((i++))
 			;;
@@ -83,7 +83,11 @@ _forkfs() {
 		compopt -o nospace
 		return
 		;;
-	--disk | --owner | --key) return ;;
+	--vmm | --conf | --dir)
+		mapfile -t COMPREPLY < <(compgen -f -- "$current")
+		return
+		;;
+	--disk | --owner | --key | --attach | -n) return ;;
 	esac
 
 	if [[ $current == -* ]]; then
@@ -97,6 +101,7 @@ _forkfs() {
 		detach | wait | rm | verify | export) options='--mount --help' ;;
 		import) options='--store --store-dir --mount --help' ;;
 		inspect) options='--chunks --mount --help' ;;
+		restore) options='-n --attach --track --paused --accept-torn --trust --show --vmm --conf --dir --mount --help' ;;
 		doctor) options='--json --help' ;;
 		esac
 		mapfile -t COMPREPLY < <(compgen -W "$options" -- "$current")
@@ -122,7 +127,7 @@ _forkfs() {
 			_forkfs_branches "$current"
 		fi
 		;;
-	status)
+	status | restore)
 		((words == 0)) && _forkfs_branches "$current"
 		;;
 	wait | rm | verify) _forkfs_branches "$current" ;;

@@ -1,8 +1,8 @@
-/* LD_PRELOAD for a VMM that opens its memory file for writing, although it maps it privately: what lies below
- * the directory named by $OPEN_READ_ONLY is opened O_RDONLY. So a branch is served by the kernel itself
- * (passthrough) to a stock QEMU too, whose option for it (readonly=on,rom=off) came with 8.2.
+/* LD_PRELOAD for a QEMU before 8.2, which opens the file of its memory for writing although it maps it privately: the
+ * file named by $FORKFS_OPEN_READ_ONLY, or what lies below it, is opened O_RDONLY. So its pages are the branch's own,
+ * shared by all children, and served by the kernel (passthrough). Later QEMUs have options for it (readonly=on,rom=off).
  *
- * Any thread; no state. */
+ * Any thread; the name is read once, before main(), and not left to programs that the VMM starts. */
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -12,12 +12,29 @@
 
 typedef int open_function(const char *path, int flags, ...);
 
+static char below[512];
+
+static void __attribute__((constructor)) read_name(void)
+{
+	const char *name = getenv("FORKFS_OPEN_READ_ONLY");
+
+	if (name && strlen(name) < sizeof(below))
+		strcpy(below, name);
+	unsetenv("FORKFS_OPEN_READ_ONLY");
+}
+
+static int is_ours(const char *path)
+{
+	size_t n = strlen(below);
+
+	return n && strncmp(path, below, n) == 0 && (path[n] == '/' || path[n] == 0);
+}
+
 static int open_as(const char *name, const char *path, int flags, mode_t mode)
 {
-	const char *below = getenv("OPEN_READ_ONLY");
 	open_function *next = (open_function *)dlsym(RTLD_NEXT, name);
 
-	if (below && strncmp(path, below, strlen(below)) == 0 && (flags & O_ACCMODE) == O_RDWR)
+	if ((flags & O_ACCMODE) == O_RDWR && is_ours(path))
 		flags = (flags & ~O_ACCMODE) | O_RDONLY;
 	return next(path, flags, mode);
 }

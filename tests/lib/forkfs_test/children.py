@@ -1,0 +1,128 @@
+"""VMs that `forkfs restore` has started: told by the lines it prints."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import time
+
+from . import processes, qmp
+
+
+class Child:
+    """One VM, ended with the test. `said` is its line."""
+
+    def __init__(self, case, said):
+        self.case, self.said, self.pid = case, said, said["pid"]
+        self.dir = pathlib.Path(said["dir"])
+        self._sock = None
+        case.on_end(self.stop)
+
+    def stop(self):
+        """End it."""
+        if self._sock:
+            self._sock.close()
+            self._sock = None
+        if processes.alive(self.pid):
+            os.kill(self.pid, signal.SIGKILL)
+            assert processes.wait_gone(self.pid, 10), processes.describe(self.pid)
+
+    def alive(self):
+        """Does the process live?"""
+        return processes.alive(self.pid)
+
+    def stderr(self):
+        """What the VMM has said."""
+        return (self.dir / "stderr").read_text(errors="replace")
+
+    def maps(self):
+        """The files it has mapped."""
+        return pathlib.Path(f"/proc/{self.pid}/maps").read_text()
+
+    def pss(self):
+        """Bytes of memory that are its own: pages shared with n others count for an n-th."""
+        text = pathlib.Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        return int(re.search(r"^Pss:\s+(\d+) kB", text, re.M).group(1)) << 10
+
+
+class QemuChild(Child):
+    """A QEMU: its guest's console is a log in its directory."""
+
+    def console(self):
+        """What the guest has said since it is this child."""
+        path = self.dir / "con.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def wait_console(self, pattern, count=1, timeout=60):
+        """Wait until so many lines match."""
+        deadline = time.monotonic() + timeout
+        while len(re.findall(pattern, self.console(), re.M)) < count:
+            assert self.alive(), f"child {self.pid} has ended: {self.stderr()}"
+            assert time.monotonic() < deadline, f"child {self.pid} has not said {pattern} {count} times: {self.console()[-500:]}"
+            time.sleep(0.01)
+
+    def check_sane(self):
+        """Fail if the guest has found wrong memory."""
+        bad = re.findall(r"^.*(?:MISMATCH|ended:|panic|BUG:).*$", self.console(), re.M)
+        assert not bad, bad[:3]
+
+    def monitor(self):
+        """A QMP connection, the caller's."""
+        return qmp.Qmp(self.said["sockets"]["qmp"])
+
+
+class MicroChild(Child):
+    """The project's microVM, started with --control={dir}/control."""
+
+    def status(self, command="status"):
+        """What it says of itself, after a command."""
+        if not self._sock:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._sock.settimeout(20)
+            self._sock.connect(str(self.dir / "control"))
+        self._sock.send(command.encode())
+        answer = json.loads(self._sock.recv(4096))
+        assert not answer["error"], answer
+        return answer
+
+    def check_sane(self):
+        """Fail if the guest has found wrong memory."""
+        assert self.status()["mismatches"] == 0, (self.dir / "stdout").read_text()[-300:]
+
+    def visit_all(self, mib, times=2):
+        """Wait until the guest has visited and judged all its pages so many times."""
+        goal, deadline = self.status()["steps"] + times * mib * 256, time.monotonic() + 90
+        while self.status()["steps"] < goal:
+            assert time.monotonic() < deadline, f"{self.pid} is too slow: {self.status()}"
+            time.sleep(0.005)
+        self.check_sane()
+
+
+# How the microVM is told what it starts from.
+MICRO = ["--restore={memory}", "--vmstate={vmstate}", "--api={api}", "--control={dir}/control", "--paused=1"]
+
+
+def microvm(case):
+    """The options of `forkfs restore` for children of the microVM."""
+    return ["--vmm", case.tool("../microvm/microvm")]
+
+
+def lines(case, text, kind):
+    """The children that a command has told of."""
+    return [kind(case, json.loads(line)) for line in text.splitlines()]
+
+
+def run(mount, branch, *options, kind=QemuChild, vmm=(), check=True, timeout=120):
+    """`forkfs restore`; (the children, the command's result). branch: NAME/BRANCH."""
+    command = ["restore", branch, "--dir", str(mount.case.dir / "ch"), *options]
+    if vmm:
+        command += ["--", *vmm]
+    result = mount.run(*command, check=check, timeout=timeout)
+    return lines(mount.case, result.out, kind), result
+
+
+def run_micro(mount, branch, *options, **how):
+    """The same for a branch of the microVM."""
+    return run(mount, branch, *microvm(mount.case), *options, kind=MicroChild, vmm=MICRO, **how)

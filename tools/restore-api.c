@@ -1,0 +1,209 @@
+/* Children of VMMs that speak the small API of docs/vmm.md. Such a VMM has no command line that forkfs knows: the host's
+ * configuration (or the caller, after --) says it, with {memory}, {vmstate}, {api} and {dir} where those go.
+ *
+ * One thread a child (restore.h); no locks. */
+#include "restore-api.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <json-c/json.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/inotify.h>
+#include <unistd.h>
+
+#include "base/cleanup.h"
+#include "base/util.h"
+#include "vmm/dial.h"
+
+#define NO_DEADLINE (UINT64_MAX / 4)
+
+/* ---- the connection ---- */
+
+static int ended(const struct ffs_child *c, struct ffs_error *err)
+{
+	return ffs_error_set(err, ECONNRESET, "process %d has ended", (int)c->pid);
+}
+
+int ffs_restore_api_connect(struct ffs_child *c, const char *name, struct ffs_http *http, struct ffs_error *err)
+{
+	_cleanup_close_ int watch = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+	char path[160], events[4096];
+	int sock, r;
+
+	snprintf(path, sizeof(path), "%s/%s", c->dir, name);
+	if (watch < 0 || inotify_add_watch(watch, c->dir, IN_CREATE | IN_MOVED_TO) < 0)
+		return ffs_error_errno(err, errno, "%s cannot be watched", c->dir);
+	while ((r = ffs_dial_path(path, NO_DEADLINE, &sock)) < 0) {
+		if (r != -ENOENT && r != -ECONNREFUSED)
+			return ffs_error_errno(err, -r, "%s", path);
+		if (ffs_child_ended(c))
+			return ended(c, err);
+		/* between bind(2) and listen(2) there is no event */
+		ffs_child_poll(c, watch, r == -ECONNREFUSED ? 1 : -1);
+		while (read(watch, events, sizeof(events)) > 0)
+			;
+	}
+	ffs_http_init(http, sock);
+	return 0;
+}
+
+static int child_ended(struct ffs_http_wait *w, struct ffs_error *err)
+{
+	return ffs_error_set(err, ECONNRESET, "the VM has ended");
+}
+
+int ffs_restore_api_call(struct ffs_child *c, struct ffs_http *http, const char *method, const char *path,
+	const char *body, struct json_object **answer, struct ffs_error *err)
+{
+	struct ffs_http_wait wait = {.fd = c->pidfd, .ready = child_ended};
+	struct ffs_http_answer a = {0};
+	struct json_object *said = NULL;
+	int r = ffs_http_send(http, method, path, body, NO_DEADLINE, err);
+
+	if (!r)
+		r = ffs_http_recv(http, &wait, NO_DEADLINE, &a, err);
+	if (r < 0)
+		return r;
+	if (a.len)
+		said = json_tokener_parse(a.body);
+	if (a.status < 200 || a.status > 299)
+		r = ffs_error_set(err, EREMOTEIO, "%s %s was answered %d: %.300s", method, path, a.status,
+			*ffs_json_string(said, "fault_message") ? ffs_json_string(said, "fault_message") : "no reason given");
+	ffs_http_answer_free(&a);
+	if (!r && answer)
+		*answer = said;
+	else
+		json_object_put(said);
+	return r;
+}
+
+/* ---- the kind coop ---- */
+
+struct talk {
+	struct ffs_http http;
+	bool running;
+};
+
+static bool says(const struct ffs_restore *r, const char *word)
+{
+	for (unsigned i = 0; i < r->conf.arg.n; i++)
+		if (strstr(r->conf.arg.word[i], word))
+			return true;
+	for (unsigned i = 0; i < r->n_user_args; i++)
+		if (strstr(r->user_arg[i], word))
+			return true;
+	return false;
+}
+
+static int plan(struct ffs_restore *r, struct ffs_error *err)
+{
+	static const char *const wanted[] = {"{memory}", "{vmstate}", "{api}"};
+
+	if (!r->conf.binary)
+		return ffs_error_set(err, EINVAL,
+			"how a VMM of the kind coop is started is not known: name it by --vmm, and its options after -- with "
+			"{memory}, {vmstate} and {api}, or in a file of " FFS_VMM_DIR);
+	for (unsigned i = 0; i < FFS_ARRAY_LEN(wanted); i++)
+		if (!says(r, wanted[i]))
+			return ffs_error_set(err, EINVAL, "%s is in none of the VMM's options: where does it go?", wanted[i]);
+	return 0;
+}
+
+static void end(struct ffs_restore *r)
+{
+}
+
+static const struct ffs_argv *environment(const struct ffs_restore *r)
+{
+	return &r->conf.env;
+}
+
+static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
+{
+	char memory[32], vmstate[32], mib[32], number[16], api[160] = "api";
+	const struct ffs_restore_word words[] = {{"memory", memory}, {"vmstate", vmstate}, {"api", api}, {"dir", c->dir},
+		{"memory_mib", mib}, {"number", number}};
+	int fd, got;
+
+	snprintf(memory, sizeof(memory), "/proc/self/fd/%d", FFS_CHILD_MEMORY);
+	snprintf(vmstate, sizeof(vmstate), "/proc/self/fd/%d", FFS_CHILD_VMSTATE);
+	snprintf(mib, sizeof(mib), "%llu", (unsigned long long)(r->memory_size >> 20));
+	snprintf(number, sizeof(number), "%u", c->number);
+	if (c->dir[0]) {
+		ffs_child_socket(c, "api", "api", api);
+		snprintf(c->attach_socket, sizeof(c->attach_socket), "%s", api);
+	}
+	ffs_argv_add(out, r->conf.binary);
+	for (unsigned i = 0; i < r->conf.arg.n + r->n_user_args; i++) {
+		_cleanup_free_ char *word = ffs_restore_expand(
+			i < r->conf.arg.n ? r->conf.arg.word[i] : r->user_arg[i - r->conf.arg.n], words, FFS_ARRAY_LEN(words));
+
+		if (!word)
+			return ffs_error_set(err, ENOMEM, "no memory for a command line");
+		ffs_argv_add(out, word);
+	}
+	if (!c->dir[0])
+		return 0; /* it is only shown */
+	fd = ffs_restore_open(r, "vmstate", err);
+	got = fd < 0 ? fd : ffs_child_give(c, FFS_CHILD_VMSTATE, fd, err);
+	ffs_close_fd(&fd);
+	return got;
+}
+
+static int load(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
+{
+	struct talk *t = calloc(1, sizeof(*t));
+	struct json_object *root = NULL;
+	int got;
+
+	if (!t)
+		return ffs_error_set(err, ENOMEM, "no memory for a connection");
+	t->http.sock = -1;
+	c->talk = t;
+	got = ffs_restore_api_connect(c, "api", &t->http, err);
+	if (!got)
+		got = ffs_restore_api_call(c, &t->http, "GET", "/", NULL, &root, err);
+	if (got < 0)
+		return got;
+	t->running = !strcmp(ffs_json_string(root, "state"), "Running");
+	if (!t->running && strcmp(ffs_json_string(root, "state"), "Paused"))
+		got = ffs_error_set(err, EPROTO, "the VMM has not loaded the branch: its state is '%.40s'",
+			ffs_json_string(root, "state"));
+	else if (t->running && r->paused)
+		got = ffs_error_set(err, EPROTO,
+			"the VM runs by itself, so it cannot be left paused: its options must say that it is loaded only");
+	json_object_put(root);
+	return got;
+}
+
+static int run(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
+{
+	struct talk *t = c->talk;
+
+	/* the answer comes when it runs */
+	return t->running ? 0
+			  : ffs_restore_api_call(c, &t->http, "PATCH", "/vm", "{\"state\":\"Resumed\"}", NULL, err);
+}
+
+static void let_go(struct ffs_restore *r, struct ffs_child *c)
+{
+	struct talk *t = c->talk;
+
+	if (t)
+		ffs_http_close(&t->http);
+	free(t);
+	c->talk = NULL;
+}
+
+const struct ffs_restore_ops ffs_restore_coop = {
+	.kind = "coop",
+	.plan = plan,
+	.command = command,
+	.environment = environment,
+	.load = load,
+	.run = run,
+	.let_go = let_go,
+	.end = end,
+};

@@ -1,0 +1,149 @@
+/* Starting VMs from a branch: what `forkfs restore` and its kinds of VMM share.
+ *   cmd-restore.c        the command: what the branch is, the children side by side, what is printed
+ *   restore-child.c      one process: its directory, its descriptors, its life
+ *   restore-conf.c       which program, with which options of the host (/etc/forkfs/vmm.d)
+ *   restore-qemu*.c      kind qemu            restore-api.c   kind coop, and what VMMs with an HTTP API share
+ *
+ * A kind is a table of operations (struct ffs_restore_ops), a line in ffs_restore_kinds[]. Nothing that a branch's
+ * manifest says is believed: it was written by a VMM, or by a stranger. */
+#pragma once
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "base/error.h"
+#include "options.h"
+#include "tree.h"
+
+struct json_object;
+
+/* ---- words of a command line: owned strings, ended by NULL for exec ---- */
+
+struct ffs_argv {
+	char **word; /* n of them and a NULL; NULL while n is 0 */
+	unsigned n;
+	bool failed; /* no memory for one of them: asked for once, at the end */
+};
+void ffs_argv_add(struct ffs_argv *a, const char *word);
+void ffs_argv_addf(struct ffs_argv *a, const char *fmt, ...) FFS_PRINTF(2, 3);
+void ffs_argv_free(struct ffs_argv *a);
+struct json_object *ffs_argv_json(const struct ffs_argv *a);
+
+/* ---- restore-conf.c ---- */
+
+/* What the host says about a kind of VMM: a file of vmm.d, and the command line, which goes before it. */
+struct ffs_restore_conf {
+	char *binary;        /* NULL: not said */
+	struct ffs_argv arg; /* in front of the caller's own */
+	struct ffs_argv env; /* NAME=VALUE */
+};
+#define FFS_VMM_DIR "/etc/forkfs/vmm.d"
+/* Read the file `path`, or (NULL) the first of FFS_VMM_DIR in the order of names whose `kind` is the one wanted;
+ * none there is no failure. A file that others than root and the caller can write is refused. */
+int ffs_restore_conf_read(
+	const char *path, const char *kind, struct ffs_restore_conf *out, struct ffs_error *err);
+void ffs_restore_conf_free(struct ffs_restore_conf *c);
+/* Replace {NAME} in text by its value; other braces stay. The caller frees it; NULL: no memory. */
+struct ffs_restore_word {
+	const char *name, *value;
+};
+char *ffs_restore_expand(const char *text, const struct ffs_restore_word *words, unsigned n);
+
+/* ---- one call of the command ---- */
+
+struct ffs_restore_ops;
+
+struct ffs_restore {
+	const struct ffs_tree *tree;
+	struct ffs_target target;
+	struct json_object *status; /* of the branch */
+	struct json_object *vmm;    /* in it: kind, version, command_line, … ; untrusted */
+	uint64_t memory_size;
+	bool writing;                /* its capture is still going on */
+	bool trust, paused, imported;
+	struct ffs_restore_conf conf;
+	const char *const *user_arg; /* what came after -- */
+	unsigned n_user_args;
+	int memory_fd; /* of the branch: read-only, shared by all children */
+	uint64_t began_ns;
+	const struct ffs_restore_ops *ops;
+	void *plan; /* of the kind */
+	/* what was replaced or left out of the command line, a sentence each; JSON array */
+	struct json_object *notes;
+};
+
+/* ---- restore-child.c: one VM ---- */
+
+/* Descriptors that a child inherits, by their number there. */
+enum { FFS_CHILD_MEMORY = 3, FFS_CHILD_VMSTATE = 4, FFS_CHILD_CONTROL = 5, FFS_CHILD_FIRST_DISK = 6 };
+#define FFS_CHILD_FDS 24 /* from 3 on */
+
+struct ffs_child {
+	unsigned number; /* from 1 */
+	char name[65];   /* of the sandbox it becomes; "": none */
+	char dir[100];   /* its own, 0700: sockets, console, what it says on stderr */
+	int inherit[FFS_CHILD_FDS]; /* [i] becomes descriptor 3 + i; -1: none. Owned */
+	int control;                /* our end of what the kind talks over; -1: none */
+	void *talk;                 /* of the kind, from load to let_go */
+	pid_t pid;
+	int pidfd;
+	uint64_t started_ns, loaded_ns, running_ns; /* since the command began */
+	struct json_object *sockets;                /* {"qmp":PATH} and the like, for the user */
+	char attach_socket[160];                    /* what `attach` is given */
+	bool ready; /* under the command's lock: no signal ends it any more */
+};
+
+void ffs_child_init(struct ffs_child *c, unsigned number);
+/* A directory of its own below `base`. */
+int ffs_child_make_dir(struct ffs_child *c, const char *base, const char *label, struct ffs_error *err);
+/* Give it a descriptor under that number; `fd` is duplicated. */
+int ffs_child_give(struct ffs_child *c, int number, int fd, struct ffs_error *err);
+/* Start it: in a session of its own, in its directory, with nothing of ours open but what it inherits; stdout and
+ * stderr are files there. */
+int ffs_child_spawn(struct ffs_child *c, const struct ffs_argv *argv, const struct ffs_argv *env, struct ffs_error *err);
+/* SIGKILL, also from another thread while the caller's lock keeps c->pidfd. */
+void ffs_child_kill(const struct ffs_child *c);
+/* True when the process has ended. */
+bool ffs_child_ended(const struct ffs_child *c);
+/* Wait until it has ended or something is to be read from fd (-1: nothing is), at most ms (-1: for ever). */
+void ffs_child_poll(const struct ffs_child *c, int fd, int ms);
+/* A failure while it was starting: *err with what it said last on stderr, and how it ended. `code` is negative;
+ * returned. */
+int ffs_child_explain(struct ffs_child *c, int code, struct ffs_error *err);
+/* End it, reap it, remove its directory. */
+void ffs_child_destroy(struct ffs_child *c);
+/* Forget it: it lives on. */
+void ffs_child_release(struct ffs_child *c);
+/* Add a socket below its directory to what the user is told; path gets it. */
+void ffs_child_socket(struct ffs_child *c, const char *what, const char *name, char path[160]);
+/* Run a program for what it prints on stdout (at most 256 KiB), which the caller frees. -EIO when it cannot be run. */
+int ffs_ask_program(const char *const argv[], char **out, struct ffs_error *err);
+
+/* ---- kinds ---- */
+
+struct ffs_restore_ops {
+	const char *kind; /* as the manifest's vmm.kind, and key of an attach request */
+	/* Once, before anything is started: all that can be refused is refused here. */
+	int (*plan)(struct ffs_restore *r, struct ffs_error *err);
+	/* The command line of one child, which has its directory and its descriptors. Any thread from here on. */
+	int (*command)(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err);
+	/* Further variables of its environment. */
+	const struct ffs_argv *(*environment)(const struct ffs_restore *r);
+	/* From started to stopped at the branch's instant; then to running. They wait for the VM's answers and for its
+	 * end, never for a time. */
+	int (*load)(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
+	int (*run)(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
+	/* Nothing of it goes on after this; c->control is closed. Also after a failure. */
+	void (*let_go)(struct ffs_restore *r, struct ffs_child *c);
+	void (*end)(struct ffs_restore *r); /* free r->plan */
+};
+
+extern const struct ffs_restore_ops ffs_restore_qemu, ffs_restore_coop;
+extern const struct ffs_restore_ops *const ffs_restore_kinds[]; /* ends with NULL */
+
+/* A file of the branch, read-only; the caller's. -errno with the tree's own sentence. */
+int ffs_restore_open(const struct ffs_restore *r, const char *file, struct ffs_error *err);
+/* A sentence for r->notes. Before the children are started only. */
+void ffs_restore_note(struct ffs_restore *r, const char *fmt, ...) FFS_PRINTF(2, 3);
