@@ -6,13 +6,15 @@
  *   bench-tool first FILE COUNT           open, read the first byte, close          the same, without the
  * close bench-tool run COMMAND…               a command from its start to its end       prints ns, exit
  * status of it bench-tool memcpy BYTES THREADS       copying memory that is present            prints ns and
- * bytes bench-tool spin                       keeps a CPU busy until it is killed
+ * bytes bench-tool fresh BYTES THREADS        copying it to memory that is made meanwhile, in large pages
+ * bench-tool spin                       keeps a CPU busy until it is killed
  *
  * One thread, except for memcpy. Exit status 1 and a sentence when a call fails. */
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <spawn.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -186,16 +188,28 @@ static void *copy_main(void *arg)
 	return NULL;
 }
 
-static void copy_memory(uint64_t bytes, uint64_t threads)
+/* Large pages, made when they are written. */
+static void *untouched(uint64_t bytes)
+{
+	void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (p == MAP_FAILED || madvise(p, bytes, MADV_HUGEPAGE) < 0)
+		die("memory");
+	return p;
+}
+
+static void copy_memory(uint64_t bytes, uint64_t threads, bool fresh)
 {
 	struct copy copies[MAX_THREADS];
 	pthread_t ids[MAX_THREADS];
 
 	if (threads > MAX_THREADS)
 		threads = MAX_THREADS;
-	for (uint64_t i = 0; i < threads; i++)
-		copies[i] =
-			(struct copy){present(bytes / threads), present(bytes / threads), bytes / threads};
+	for (uint64_t i = 0; i < threads; i++) {
+		uint64_t part = bytes / threads;
+
+		copies[i] = (struct copy){present(part), fresh ? untouched(part) : present(part), part};
+	}
 	uint64_t start = now_ns();
 
 	for (uint64_t i = 0; i < threads; i++) {
@@ -224,13 +238,15 @@ int main(int argc, char **argv)
 	else if (strcmp(what, "run") == 0 && argc > 2)
 		return run(argv + 2);
 	else if (strcmp(what, "memcpy") == 0 && argc == 4)
-		copy_memory(number(argv[2]), number(argv[3]));
+		copy_memory(number(argv[2]), number(argv[3]), false);
+	else if (strcmp(what, "fresh") == 0 && argc == 4)
+		copy_memory(number(argv[2]), number(argv[3]), true);
 	else if (strcmp(what, "spin") == 0 && argc == 2)
 		for (;;)
 			__asm__ volatile("" ::: "memory");
 	else {
 		fprintf(stderr,
-			"bench-tool: seq, random, stat, first, run, memcpy or spin: see bench-tool.c\n");
+			"bench-tool: seq, random, stat, first, run, memcpy, fresh or spin: see bench-tool.c\n");
 		return 2;
 	}
 	return 0;

@@ -1,13 +1,17 @@
 #!/bin/bash
 # Build forkfs as it is released and measure it side by side with the alternatives, interleaved in one run.
 #
-# Usage: bench/run.sh [pause|files|stall|all] [--json FILE] [--csv FILE] [--branches N] [--sizes 512,1024,2048] [--quick]
+# Usage: bench/run.sh [pause|sizes|capture|stall|files|store|all] [--json FILE] [--csv FILE] [--branches N] [--sizes 512,1024,…] [--quick]
 #
-#   pause    how long the guest stands still, what the branch costs; beside a stopped snapshot and QEMU's own
-#   stall    how long the guest's writes wait meanwhile, as the guest itself sees it, and the throughput it loses
+#   pause    how long the guest stands still, what the branch costs; beside a stopped snapshot, arming in the pause and QEMU's own
+#   sizes    the pause and every kind of branch by the size of the memory, 0.5 to 16 GiB, on the microVM of tests/microvm (KVM)
+#   capture  the copying beside memcpy, what a second branch costs with tracking, what the caller waits
+#   stall    how long the guest's writes wait meanwhile, as the guest itself sees it, and the throughput it loses; beside one lock and QEMU's own
 #   files    reading, copying, listing branches; beside files on tmpfs
-#   --branches N   live branches of each kind (default 40); --sizes: guest memory in MiB, one guest at a time
-#   --quick  8 branches, the smallest size: does it all work?
+#   store    writing branches to a store and reading them; beside lz4, zstd, cp
+#   --branches N   live branches of each kind (default 12); --sizes: guest memory in MiB, one guest at a time (each has its own default)
+#   --csv    every sample; --json: with their spread and the machine
+#   --quick  4 branches, the smallest size: does it all work?
 #
 # Debian 12, root; missing packages are installed first. Figures are this machine's: nothing here passes or fails.
 set -euo pipefail
@@ -18,14 +22,28 @@ build=$root/build-bench
 "$root/tests/lib/packages.sh" build
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-if ! { { [ -f "$build/build.ninja" ] || meson setup "$build" "$root" --buildtype=release -Dbench=true; } && ninja -C "$build"; } >"$log" 2>&1; then
-	cat "$log" >&2
-	echo "bench/run.sh: $build does not build" >&2
-	exit 1
-fi
+# build DIR TARGET… -- MESON-OPTIONS…: configured once, built each time; its output is shown only when it fails.
+build() {
+	local dir=$1 targets=()
+	shift
+	while [ "$1" != -- ]; do
+		targets+=("$1")
+		shift
+	done
+	shift
+	if ! { { [ -f "$dir/build.ninja" ] || meson setup "$dir" "$root" --buildtype=release "$@"; } && ninja -C "$dir" "${targets[@]}"; } >"$log" 2>&1; then
+		cat "$log" >&2
+		echo "bench/run.sh: $dir does not build" >&2
+		exit 1
+	fi
+}
+build "$build" -- -Dbench=true
+# the same engine going about it in other ways, which only a build with fault points can
+build "$build/alternatives" tools/forkfs -- -Dfaults=true
 
 FORKFS_GUEST_KIT=$("$root/tests/guest/build.sh")
 export FORKFS_GUEST_KIT
+export FORKFS_ALTERNATIVES_BIN=$build/alternatives/tools/forkfs
 export FORKFS_BUILD=$build FORKFS_BIN=$build/tools/forkfs FORKFS_RELEASE_BIN=$build/tools/forkfs
 export PYTHONPATH=$root/tests/lib:$root/bench/lib PYTHONDONTWRITEBYTECODE=1
 rm -f "$log"

@@ -16,9 +16,14 @@ int ffs_fault_point(const char *name);
 /* True when the rule `mutant:NAME on` is in the file: tests break the protocol's order with it, on purpose.
  */
 int ffs_fault_mutant(const char *name);
+/* True when $FORKFS_ALTERNATIVE is that name: another, slower way to a right branch, for the benchmarks to compare
+ * with. Without a fault file the points cost next to nothing, so its figures can be compared. */
+int ffs_fault_alternative(const char *name);
 #define FFS_FAULT(name) ffs_fault_point(name)
 #define FFS_MUTANT(name) ffs_fault_mutant(name)
+#define FFS_ALTERNATIVE(name) ffs_fault_alternative(name)
 #else
 #define FFS_FAULT(name) 0
 #define FFS_MUTANT(name) 0
+#define FFS_ALTERNATIVE(name) 0
 #endif

@@ -311,7 +311,7 @@ static int run_protocol(struct take *k, struct ffs_error *err)
 	/* without tracking a stopped guest needs no protection: the branch owes nothing to it */
 	if (live || k->t->track)
 		e = ffs_tracker_register(k->t, err);
-	if (e == 0 && (live || k->t->track))
+	if (e == 0 && (live || k->t->track) && !FFS_ALTERNATIVE("arm-in-pause"))
 		e = prearm_and_converge(k, err);
 	if (e == 0)
 		e = stop_asked(k, err);

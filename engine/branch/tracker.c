@@ -85,6 +85,24 @@ static bool first_fault(struct ffs_tracker *t, unsigned region, uint64_t cluster
 	return first;
 }
 
+/* What it would be like if whoever copies held one lock for the whole copy: for the benchmarks. */
+static void wait_for_the_copy(struct ffs_tracker *t)
+{
+	for (unsigned i = 0; i < FFS_SLOTS; i++) {
+		struct ffs_branch *b;
+
+		while (!atomic_load(&t->hold) && (b = ffs_slot_get(&t->slots[i])) != NULL) {
+			bool done = atomic_load(&b->remaining) == 0 || ffs_branch_failed(b);
+
+			ffs_slot_put(&t->slots[i]);
+			if (done)
+				break;
+			atomic_fetch_add(&t->wd->handler_seq, 2); /* the watchdog would end it */
+			poll(NULL, 0, 1);
+		}
+	}
+}
+
 static void serve_fault(struct handler *h, uint64_t addr)
 {
 	struct ffs_tracker *t = h->t;
@@ -101,6 +119,8 @@ static void serve_fault(struct handler *h, uint64_t addr)
 	unsigned bit = (unsigned)((addr - base) / r->page_size);
 	uint64_t page = base + bit * r->page_size;
 
+	if (FFS_ALTERNATIVE("one-lock"))
+		wait_for_the_copy(t);
 	ffs_cluster_lock(r, cluster);
 	/* Before the branches are looked at: a take that fills a slot after we did sees this in its last
 	 * sweep, and waits for the lock (pages.h). */

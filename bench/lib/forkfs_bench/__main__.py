@@ -6,13 +6,13 @@ import sys
 
 from forkfs_test import probe
 
-from . import files, machine, pause, stall, store
+from . import capture, files, machine, pause, sizes, stall, store
 from .record import Record
 
-BENCHES = {"pause": pause, "stall": stall, "files": files, "store": store}
+BENCHES = {"pause": pause, "sizes": sizes, "capture": capture, "stall": stall, "files": files, "store": store}
 
 
-def sizes(text):
+def mib_list(text):
     """A list of MiB."""
     return [int(s) for s in text.split(",")]
 
@@ -22,14 +22,15 @@ def main():
     parser.add_argument("bench", nargs="?", default="all", choices=[*BENCHES, "all"])
     parser.add_argument("--json", metavar="FILE", help="all samples, their spread and the machine")
     parser.add_argument("--csv", metavar="FILE", help="all samples, one a line")
-    parser.add_argument("--branches", metavar="N", type=int, default=40, help="live branches of each kind (default 40)")
-    parser.add_argument("--sizes", metavar="MIB,…", type=sizes, default=[512, 1024, 2048], help="memory of the guests")
-    parser.add_argument("--quick", action="store_true", help="8 branches, the smallest size")
+    parser.add_argument("--branches", metavar="N", type=int, default=12, help="live branches of each kind (default 12)")
+    parser.add_argument("--sizes", metavar="MIB,…", type=mib_list, help="memory of the guests")
+    parser.add_argument("--quick", action="store_true", help="4 branches, the smallest size")
     options = parser.parse_args()
     if options.quick:
-        options.branches, options.sizes = min(options.branches, 8), [min(options.sizes)]
-    if options.branches < 1 or min(options.sizes) < 192:
+        options.branches = min(options.branches, 4)
+    if options.branches < 1 or options.sizes and min(options.sizes) < 192:
         parser.error("at least one branch, and 192 MiB for a guest")
+    given = options.sizes
     # what the alternatives take is long, and varies little
     options.peers = max(1, min(10, options.branches // 4))
     why = probe.reasons()
@@ -42,6 +43,9 @@ def main():
     print(*[f"{key}: {value}" for key, value in record.machine.items()], sep="\n", flush=True)
     try:
         for name in chosen:
+            options.sizes = given or BENCHES[name].SIZES
+            if options.quick:
+                options.sizes = [min(options.sizes)]
             BENCHES[name].run(record, options)
     finally:
         for name in chosen:

@@ -9,6 +9,7 @@ from forkfs_test.guest import MIB, Guest
 
 from . import machine, pause, peers, record as rec
 
+SIZES = (1024,)  # MiB, unless others are asked for
 RANDOM_READS = 100000
 LOOKUPS = 5000
 LISTED = 1000

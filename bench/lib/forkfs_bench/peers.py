@@ -3,6 +3,7 @@
 Every function gives a dictionary of metrics. `stopped_ms` is from QEMU's own STOP and RESUME events, the same for all.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -36,6 +37,33 @@ def wait_released(guest, timeout=20):
     while guest.protected():
         assert time.monotonic() < deadline, "guest memory is still registered for write protection"
         time.sleep(0.02)
+
+
+class Alternative:
+    """forkfs going about it in another way (`arm-in-pause`, `one-lock`), which only a build with fault points can."""
+
+    def __init__(self, case, name, options):
+        self.mount = case.mount(name=name, options=options, binary=os.environ["FORKFS_ALTERNATIVES_BIN"],
+                                environment={"FORKFS_ALTERNATIVE": name})
+
+    def live(self, guest, ours, name):
+        """A live branch by it. `ours` is the mount that has the VM otherwise: one daemon at a time has its control socket."""
+        with handed_over(guest, ours):
+            sandbox = self.mount.attach(guest)
+            try:
+                return live(guest, sandbox, name)
+            finally:
+                self.mount.run("detach", guest.name)
+
+
+@contextlib.contextmanager
+def handed_over(guest, mount):
+    """A mount lets go of a VM for the time being."""
+    mount.run("detach", guest.name)
+    try:
+        yield
+    finally:
+        mount.attach(guest)
 
 
 def why(directory):

@@ -10,6 +10,8 @@ from forkfs_test.guest import MIB
 
 from . import machine, pause, peers, record as rec
 
+SIZES = (512,)  # MiB, unless others are asked for
+
 QUIET_S = 1.5
 AFTER_S = 0.3  # protection is taken off for a moment after a branch is ready
 WAITED_NS = 4000  # a served fault takes longer than this, an ordinary write hardly ever
@@ -66,6 +68,10 @@ class Windows:
                 total.update(histogram)
                 seconds += last - first
         return total, seconds
+
+    def longest(self, begin, end):
+        """Seconds of the longest of the windows that touch this time: the guest says something every 50 ms, when it can."""
+        return max((last - first for first, last, _ in self.windows if last > begin and first < end), default=0.0)
 
 
 def quantile_ns(histogram, q):
@@ -125,7 +131,8 @@ class Measure:
         self.sum("none", *before)
         self.sum(kind, *touched)
         usual = rate(*before)
-        metrics = {"max_us": upper_ns(max(touched[0])) / 1e3, "total_ms": (done["end"] - done["start"]) * 1e3}
+        metrics = {"max_us": upper_ns(max(touched[0])) / 1e3, "total_ms": (done["end"] - done["start"]) * 1e3,
+                   "silent_ms": self.windows.longest(done["start"], done["end"]) * 1e3}
         if usual and rate(*inside) is not None:
             metrics["lost_percent"] = 100 * (1 - rate(*inside) / usual)
         if usual and rate(*after) is not None:
@@ -159,6 +166,7 @@ def run_variant(record, options, mib, variant):
         machine.at_work(guest)
         mount = case.mount(options="lease=1,branch-rate=0")
         sandbox = mount.attach(guest)
+        other = peers.Alternative(case, "one-lock", "lease=1,branch-rate=0")
         measure = Measure(record, name, guest)
         faults = collections.Counter()
         count = max(2, options.branches // 2)
@@ -172,6 +180,7 @@ def run_variant(record, options, mib, variant):
                     faults[bucket] += served
             if i % every == every - 1:
                 peers.wait_released(guest)
+                measure.one("one lock", i, lambda: other.live(guest, mount, f"b{i}"))
                 measure.one("background", i, lambda: peers.background_snapshot(guest, case.dir))
         measure.finish()
         for bucket, served in sorted(faults.items()):
@@ -203,7 +212,8 @@ def report(record):
     cases = list(dict.fromkeys(s[1] for s in record.samples if s[0] == "stall"))
     waits, lost, daemon = [], [], []
     for case in cases:
-        for kind, words in (("none", "no branch"), ("live", "live branch"), ("background", "background-snapshot")):
+        for kind, words in (("none", "no branch"), ("live", "live branch"), ("one lock", "live branch, one lock for the copy"),
+                            ("background", "background-snapshot")):
             def all_of(metric, scale=1, digits=1, kind=kind, case=case):
                 values = record.values("stall", case, f"{kind}, all", metric)
                 return f"{values[0] / scale:.{digits}f}" if values else "-"
@@ -215,7 +225,7 @@ def report(record):
             if kind != "none":
                 lost.append([case, words, record.failures("stall", case, kind),
                              *[rec.spread(record.values("stall", case, kind, m), d) for m, d in
-                               (("total_ms", 0), ("lost_percent", 0), ("lost_after_percent", 1))]])
+                               (("total_ms", 0), ("lost_percent", 0), ("lost_after_percent", 1), ("silent_ms", 0))]])
         daemon.append([case, record.others("stall", case),
                        *[rec.spread(record.values("stall", case, "daemon", m), 0) for m in ("faults", "fault_max_us")],
                        " / ".join(daemon_quantile(record, case, q) for q in (0.5, 0.99, 0.999))])
@@ -224,7 +234,8 @@ def report(record):
                   ["guest", "meanwhile", "s", "writes, 10⁶", "all: p50 / p99 / p99.9 µs", "max ms", "writes that waited",
                    "of them: p50 / p90 / p99 µs"], waits)
         rec.table("Throughput the guest loses against the second before, %: p50 / p90 / p99 / max",
-                  ["guest", "meanwhile", "failed", "it took ms", "during it", "afterwards"], lost)
+                  ["guest", "meanwhile", "failed", "it took ms", "during it", "afterwards",
+                   "longest silence, ms (50 without a branch)"], lost)
         rec.table("The same by the daemon's own count",
                   ["guest", "CPU others used, %", "faults a branch", "longest a branch µs", "p50 / p99 / p99.9 of all µs"],
                   daemon)

@@ -9,6 +9,8 @@ from forkfs_test.guest import MIB
 
 from . import machine, pause, record as rec
 
+SIZES = (512,)  # MiB, unless others are asked for
+
 RANDOM_READS = 5000
 OTHERS = (("lz4 -1", "lz4 -1 -q -f {source} {target}"), ("zstd -1", "zstd -1 -q -f {source} -o {target}"),
           ("cp --sparse", "cp --sparse=always {source} {target}"))

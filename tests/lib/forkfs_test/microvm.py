@@ -21,8 +21,8 @@ class MicroVm:
         self.api_path = self.dir / "api"
         self.attach_options = ["--coop", self.api_path]
         options = {"kind": "anonymous", "vcpus": 2, **options}
-        command = [case.tool("../microvm/microvm"), f"--control={self.dir}/control", f"--api={self.api_path}",
-                   f"--memory={mib}"] + [f"--{k}={v}" for k, v in options.items()]
+        program = os.path.join(os.environ["FORKFS_BUILD"], "tests", "microvm", "microvm")
+        command = [program, f"--control={self.dir}/control", f"--api={self.api_path}", f"--memory={mib}"] + [f"--{k}={v}" for k, v in options.items()]
         with open(self.dir / "console", "wb") as serial, open(self.dir / "stderr", "wb") as errors:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=serial, stderr=errors)
         self.pid = self.process.pid

@@ -14,18 +14,20 @@ from . import processes
 class Mount:
     """`forkfs mount` on a directory of the test. Paths are built with `/`: mount / "sbx1" / "branch"."""
 
-    def __init__(self, case, name="mnt", options="", release=False):
+    def __init__(self, case, name="mnt", options="", release=False, binary=None, environment=None):
         self.case = case
-        self.binary = case.forkfs(release)
+        self.binary = binary or case.forkfs(release)
         self.path = case.dir / name
         self.path.mkdir(exist_ok=True)
         self.fault_file = case.dir / f"{name}.faults"
         self.faults()
         self.log_path = case.dir / f"{name}.log"
-        environment = dict(os.environ, FORKFS_FAULT_FILE=str(self.fault_file))
+        if environment is None:
+            environment = {"FORKFS_FAULT_FILE": str(self.fault_file)}
         command = [self.binary, "mount", str(self.path), "-f"] + (["-o", options] if options else [])
         with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            env={**os.environ, **environment})
         self.pid = self.process.pid
         case.on_end(self.stop)
         self._wait_mounted()
