@@ -38,6 +38,7 @@ int ffs_cmd_verify(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_export(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_import(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_inspect(const struct ffs_command *self, int argc, char **argv);
+int ffs_cmd_pager(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_doctor(const struct ffs_command *self, int argc, char **argv);
 /* The mount(8) helper: the same binary called as mount.fuse.forkfs. Exit codes are mount(8)'s. */
 int ffs_mount_helper(int argc, char **argv);

@@ -52,6 +52,10 @@ const struct ffs_command ffs_commands[] = {
 	{"import", "FILE|- NAME/BRANCH [--store dense|packed] [--store-dir DIR]",
 		"read such a stream, check it, and make it a branch", ffs_cmd_import},
 	{"inspect", "PATH [--chunks]", "decode the files of a branch in a store", ffs_cmd_inspect},
+	{"pager",
+		"(NAME/BRANCH | FILE) SOCKET [-n COUNT] [--owner UID:GID] [--all] [--no-prefetch] [--limit SIZE] "
+		"[--working-set FILE]",
+		"serve a branch's memory to VMMs that are restored with the Uffd backend", ffs_cmd_pager},
 	{"doctor", "[--json]", "test what this machine can do, line by line, with the remedy",
 		ffs_cmd_doctor},
 	{"version", "", "print the version", cmd_version},

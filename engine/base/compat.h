@@ -30,6 +30,9 @@
 #define PTRACE_O_SUSPEND_SECCOMP (1 << 21)
 #endif
 
+/* include/uapi/asm-generic/socket.h, 6.5: a pidfd of who connected */
+#define FFS_SO_PEERPIDFD 77
+
 /* include/uapi/linux/fuse.h, 6.9: passthrough of a file's reads to a backing file */
 #define FFS_FUSE_INIT_EXT (1u << 30)
 #define FFS_FUSE_PASSTHROUGH_FLAGS2 (1u << (37 - 32))

@@ -45,20 +45,34 @@ int ffs_uffd_api(int uffd, struct ffs_error *err)
 	return r ? ffs_error_errno(err, -r, "cannot set up the userfaultfd") : 0;
 }
 
+int ffs_uffd_features(int uffd, uint64_t *features)
+{
+	char path[64];
+	_cleanup_free_ char *text = NULL;
+	unsigned long long found;
+	const char *line;
+
+	/* fs/userfaultfd.c, userfaultfd_show_fdinfo(): version, features in force, features known */
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", uffd);
+	int r = ffs_read_file(path, 65536, &text, NULL);
+
+	if (r < 0)
+		return r;
+	line = strstr(text, "API:");
+	if (!line || sscanf(line, "API: %*x:%llx:", &found) != 1)
+		return -EPROTO;
+	*features = found;
+	return 0;
+}
+
 int ffs_uffd_api_given(int uffd, struct ffs_error *err)
 {
 	struct uffdio_api api = {.api = UFFD_API, .features = need};
-	char path[64];
-	_cleanup_free_ char *text = NULL;
-	unsigned long long features;
-	const char *line;
+	uint64_t features;
 
 	if (ioctl(uffd, UFFDIO_API, &api) == 0 && (api.features & need) == need)
 		return 0;
-	/* fs/userfaultfd.c, userfaultfd_show_fdinfo(): version, features in force, features known */
-	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", uffd);
-	if (ffs_read_file(path, 65536, &text, NULL) < 0 || !(line = strstr(text, "API:")) ||
-		sscanf(line, "API: %*x:%llx:", &features) != 1)
+	if (ffs_uffd_features(uffd, &features) < 0)
 		return ffs_error_set(err, ENOTSUP,
 			"the VMM's userfaultfd cannot be used, and the kernel does not say which features it "
 			"has");
@@ -70,7 +84,7 @@ int ffs_uffd_api_given(int uffd, struct ffs_error *err)
 		"never-touched and shared memory, events of discarded memory): it has to ask UFFDIO_API for "
 		"them, "
 		"or to leave UFFDIO_API to forkfs",
-		features, (unsigned long long)(need & ~features));
+		(unsigned long long)features, (unsigned long long)(need & ~features));
 }
 
 /* Of a process that is gone, REGISTER and UNREGISTER say ENOMEM, which has other meanings, and WRITEPROTECT

@@ -18,6 +18,9 @@ int ffs_uffd_api(int uffd, struct ffs_error *err);
  * in /proc/self/fdinfo, and ENOTSUP names what is missing. */
 int ffs_uffd_api_given(int uffd, struct ffs_error *err);
 
+/* The features that are in force for it; -errno. */
+int ffs_uffd_features(int uffd, uint64_t *features);
+
 /* Register [hva, hva+len) for write-protect faults. */
 int ffs_uffd_register(int uffd, uint64_t hva, uint64_t len, struct ffs_error *err);
 /* Unregister; clears protection and wakes waiters. Done in slices that keep the VMM's mmap lock short; an

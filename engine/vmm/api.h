@@ -123,6 +123,10 @@ int ffs_api_rescue(int sock, uint64_t deadline_ns);
 /* The regions a VMM announces, checked as far as they can be without asking the kernel. `text` has n bytes.
  */
 int ffs_coop_parse(const char *text, size_t n, struct ffs_geometry *out, struct ffs_error *err);
+/* The one message of a connected VMM: its regions and one userfaultfd. 1 when they are there, 0 when nothing
+ * has come yet, never waits. *uffd (-1 before) is the caller's, also when the message is refused. */
+int ffs_coop_receive(int peer, struct ffs_geometry *geo, int *uffd, struct ffs_error *err);
+#define FFS_UFFD_LINK "anon_inode:[userfaultfd]" /* what /proc/PID/fd shows of one */
 /* Compared with the mappings of the process: fills what is left of the regions. */
 int ffs_coop_check(pid_t pid, struct ffs_geometry *geo, struct ffs_error *err);
 

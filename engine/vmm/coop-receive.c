@@ -1,19 +1,25 @@
-/* Reads what a cooperating VMM says about its memory, and compares it with what the kernel says. Owns
- * nothing. Any thread.
+/* Reads what a VMM says about its memory, one that cooperates or one that is restored with the Uffd backend,
+ * and compares it with what the kernel says. Owns nothing. Any thread.
  *
  * The message is forkd's, which follows Firecracker's for its Uffd backend (docs/snapshotting,
  * GuestRegionUffdMapping): [{"base_host_virt_addr":A,"size":S,"offset":O,"page_size":P,"page_size_kib":P}],
  * all in bytes in spite of that name. The VMM is the untrusted party: every number is checked. */
 #include "vmm/api.h"
 
+#include <fcntl.h>
 #include <inttypes.h>
 #include <json-c/json.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include "base/cleanup.h"
 #include "guest/maps.h"
+
+#define MESSAGE_MAX (16u << 10) /* 64 regions are 10 KiB */
+#define MAX_FDS 8
 
 #define ADDRESS_END (1ull << 47) /* of user space on x86-64 with four levels */
 
@@ -117,6 +123,87 @@ int ffs_coop_parse(const char *text, size_t n, struct ffs_geometry *geo, struct 
 	}
 	json_object_put(list);
 	return r ? r : check_regions(geo, err);
+}
+
+/* ---- the message ------------------------------------------------------------------------------- */
+
+static bool is_uffd(int fd, char link[64])
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	ssize_t n = readlink(path, link, 63);
+
+	link[n < 0 ? 0 : n] = '\0';
+	return strcmp(link, FFS_UFFD_LINK) == 0;
+}
+
+/* Descriptors of a message: all but the first are closed. */
+static unsigned take_fds(struct msghdr *msg, int *first)
+{
+	unsigned n = 0;
+
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {
+		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+			continue;
+		unsigned have = (unsigned)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+
+		for (unsigned i = 0; i < have; i++) {
+			int fd;
+
+			memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+			if (n++ == 0)
+				*first = fd;
+			else
+				close(fd);
+		}
+	}
+	return n;
+}
+
+int ffs_coop_receive(int peer, struct ffs_geometry *geo, int *uffd, struct ffs_error *err)
+{
+	_cleanup_free_ char *text = malloc(MESSAGE_MAX);
+	char control[CMSG_SPACE(MAX_FDS * sizeof(int))] __attribute__((aligned(8))), link[64] = "";
+	struct iovec iov = {.iov_base = text, .iov_len = MESSAGE_MAX};
+	struct msghdr msg = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
+	_cleanup_close_ int fd = -1;
+
+	if (!text)
+		return ffs_error_set(err, ENOMEM, "no memory for the VMM's regions");
+	ssize_t n = recvmsg(peer, &msg, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return 0;
+	if (n < 0)
+		return ffs_error_errno(err, errno, "receive the VMM's regions");
+	unsigned n_fds = take_fds(&msg, &fd);
+	bool good = fd >= 0 && is_uffd(fd, link);
+
+	if (good)
+		*uffd = ffs_steal_fd(&fd);
+	if (n == 0)
+		return ffs_error_set(err, EPROTO, "the VMM hung up without naming its regions");
+	if ((msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) || (size_t)n == MESSAGE_MAX)
+		return ffs_error_set(err, EMSGSIZE,
+			"the VMM's message is larger than %u bytes, or has more than "
+			"%u descriptors",
+			MESSAGE_MAX - 1, MAX_FDS);
+	if (n_fds != 1)
+		return ffs_error_set(err, EPROTO,
+			"the VMM's message has %u descriptors: one, its userfaultfd, has to come with it",
+			n_fds);
+	if (!good)
+		return ffs_error_set(err, EPROTO, "what the VMM handed over is no userfaultfd (%s)", link);
+	/* the handler must not sleep in read(2) */
+	int flags = fcntl(*uffd, F_GETFL);
+
+	if (flags < 0 || fcntl(*uffd, F_SETFL, flags | O_NONBLOCK) < 0)
+		return ffs_error_errno(err, errno, "set up the VMM's userfaultfd");
+	int r = ffs_coop_parse(text, (size_t)n, geo, err);
+
+	return r ? r : 1;
 }
 
 /* ---- the kernel's word --------------------------------------------------------------------------- */

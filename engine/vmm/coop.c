@@ -25,10 +25,6 @@
 #include "base/fault.h"
 #include "base/util.h"
 
-#define MESSAGE_MAX (16u << 10) /* 64 regions are 10 KiB */
-#define MAX_FDS 8
-#define UFFD_LINK "anon_inode:[userfaultfd]"
-
 /* ---- the meeting ------------------------------------------------------------------------------- */
 
 struct meeting {
@@ -58,87 +54,15 @@ static int greet(struct meeting *m, struct ffs_error *err)
 	return 0;
 }
 
-/* Descriptors of a message; those that are not wanted are closed. */
-static unsigned take_fds(struct msghdr *msg, int *first)
-{
-	unsigned n = 0;
-
-	for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {
-		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
-			continue;
-		unsigned have = (unsigned)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
-
-		for (unsigned i = 0; i < have; i++) {
-			int fd;
-
-			memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(int));
-			if (n++ == 0)
-				*first = fd;
-			else
-				close(fd);
-		}
-	}
-	return n;
-}
-
-static int check_uffd(int fd, struct ffs_error *err)
-{
-	char path[64], link[64];
-
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-	ssize_t n = readlink(path, link, sizeof(link) - 1);
-
-	link[n < 0 ? 0 : n] = '\0';
-	if (strcmp(link, UFFD_LINK) != 0)
-		return ffs_error_set(err, EPROTO, "what the VMM handed over is no userfaultfd (%s)", link);
-	/* the handler must not sleep in read(2) */
-	int flags = fcntl(fd, F_GETFL);
-
-	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
-		return ffs_error_errno(err, errno, "set up the VMM's userfaultfd");
-	return 0;
-}
-
 static int take_message(struct meeting *m, struct ffs_error *err)
 {
-	_cleanup_free_ char *text = malloc(MESSAGE_MAX);
-	char control[CMSG_SPACE(MAX_FDS * sizeof(int))] __attribute__((aligned(8)));
-	struct iovec iov = {.iov_base = text, .iov_len = MESSAGE_MAX};
-	struct msghdr msg = {
-		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
-	_cleanup_close_ int fd = -1;
+	int r = ffs_coop_receive(m->peer, m->geo, &m->uffd, err);
 
-	if (!text)
-		return ffs_error_set(err, ENOMEM, "no memory for the VMM's regions");
-	ssize_t n = recvmsg(m->peer, &msg, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-
-	if (n < 0 && (errno == EAGAIN || errno == EINTR))
-		return 0;
-	if (n < 0)
-		return ffs_error_errno(err, errno, "receive the VMM's regions");
-	unsigned n_fds = take_fds(&msg, &fd);
-
-	if (n == 0)
-		return ffs_error_set(err, EPROTO, "the VMM hung up without naming its regions");
-	if ((msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) || (size_t)n == MESSAGE_MAX)
-		return ffs_error_set(err, EMSGSIZE,
-			"the VMM's message is larger than %u bytes, or has more than "
-			"%u descriptors",
-			MESSAGE_MAX - 1, MAX_FDS);
-	if (n_fds != 1)
-		return ffs_error_set(err, EPROTO,
-			"the VMM's message has %u descriptors: one, its userfaultfd, has to come with it",
-			n_fds);
-	int r = check_uffd(fd, err);
-
-	if (!r)
-		r = ffs_coop_parse(text, (size_t)n, m->geo, err);
-	if (r)
-		return r;
-	m->uffd = ffs_steal_fd(&fd);
-	m->done = true;
-	m->wait.fd = -1;
-	return 0;
+	if (r > 0) {
+		m->done = true;
+		m->wait.fd = -1;
+	}
+	return r < 0 ? r : 0;
 }
 
 static int meet(struct ffs_http_wait *w, struct ffs_error *err)
@@ -220,7 +144,7 @@ static bool keeps_copy(pid_t pid, int uffd)
 		if (n <= 0)
 			continue;
 		link[n] = '\0';
-		if (strcmp(link, UFFD_LINK) == 0 &&
+		if (strcmp(link, FFS_UFFD_LINK) == 0 &&
 			syscall(SYS_kcmp, pid, getpid(), KCMP_FILE, atol(e->d_name), uffd) == 0)
 			return true;
 	}

@@ -102,6 +102,7 @@ _forkfs() {
 		import) options='--store --store-dir --mount --help' ;;
 		inspect) options='--chunks --mount --help' ;;
 		restore) options='-n --attach --track --paused --accept-torn --trust --show --vmm --conf --dir --mount --help' ;;
+		pager) options='--children --owner --all --no-prefetch --limit --working-set --mount --help' ;;
 		doctor) options='--json --help' ;;
 		esac
 		mapfile -t COMPREPLY < <(compgen -W "$options" -- "$current")
@@ -113,7 +114,7 @@ _forkfs() {
 	help) ((words == 0)) && mapfile -t COMPREPLY < <(compgen -W "$commands" -- "$current") ;;
 	mount | umount) ((words == 0)) && mapfile -t COMPREPLY < <(compgen -d -- "$current") ;;
 	detach | ls | branch) ((words == 0)) && _forkfs_sandboxes "$current" ;;
-	export | inspect)
+	export | inspect | pager)
 		if ((words == 0)); then
 			_forkfs_branches "$current"
 		else

@@ -1,9 +1,11 @@
 """A VMM that only talks: python3 -m forkfs_test.standin API_SOCKET JSON. Says what it is told, however wrong.
 
+With "pager" it is a child of the pager: it hands over its memory at that socket without being asked, and prints "sent".
+
 Keys of the JSON, all optional: text (the message; %A is the address of its memory, %S its size, %R that of a read-only page), fds
 (uffd, none, two, many, null), features (of UFFDIO_API done by itself), answer (status of PUT /uffd/wp; 0: none), silent (does not
 connect), keep (its copy of the userfaultfd), who (child: a child connects; space: the userfaultfd is a child's), cut (bytes of the
-message that are sent), root (raw answer to GET /). It prints "ready" when it can be attached.
+message that are sent), root (raw answer to GET /), register (1: for missing pages), pager (1). It prints "ready" when it can be attached.
 """
 
 import array
@@ -20,6 +22,7 @@ import sys
 SIZE = 4 << 20
 SYS_USERFAULTFD = 323
 UFFDIO_API = 0xC018AA3F
+UFFDIO_REGISTER = 0xC020AA00
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -55,6 +58,10 @@ class Vmm:
         self.memory = new_memory(SIZE, mmap.PROT_READ | mmap.PROT_WRITE)
         self.read_only = new_memory(4096, mmap.PROT_READ)
         self.kept = []
+        if orders.get("pager"):
+            self.hand_over(path)
+            print("sent", flush=True)
+            signal.pause()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(path)
         self.listener.listen(4)
@@ -68,6 +75,8 @@ class Vmm:
         uffd = uffd_of_child() if orders.get("who") == "space" else new_uffd()
         if "features" in orders:
             fcntl.ioctl(uffd, UFFDIO_API, struct.pack("QQQ", 0xAA, orders["features"], 0))
+        if orders.get("register"):
+            fcntl.ioctl(uffd, UFFDIO_REGISTER, struct.pack("QQQQ", self.memory, SIZE, 1, 0))
         fds = {"uffd": [uffd], "none": [], "two": [uffd, uffd], "many": [uffd] * 20,
                "null": [os.open("/dev/null", os.O_RDONLY)]}[orders.get("fds", "uffd")]
         sock = socket.socket(socket.AF_UNIX)
