@@ -130,6 +130,10 @@ static void open_slice(struct ffs_tracker *t, unsigned region, uint64_t slice)
 	if (end > r->n_clusters)
 		end = r->n_clusters;
 	ffs_slice_lock(r, slice);
+	/* Before the branches are looked at (pages.h): a whole take may go by while this thread is preempted.
+	 * It either finds the slice dirty, and its sweep waits for these locks, or has filled its slot before
+	 * we look. */
+	atomic_store(&r->dirty[slice], 1);
 	for (unsigned i = 0; i < FFS_SLOTS && !needed; i++) {
 		struct ffs_branch *b = ffs_slot_get(&t->slots[i]);
 
@@ -139,10 +143,8 @@ static void open_slice(struct ffs_tracker *t, unsigned region, uint64_t slice)
 			needed = atomic_load_explicit(&b->need[region][c], memory_order_relaxed) != 0;
 		ffs_slot_put(&t->slots[i]);
 	}
-	/* In this order (pages.h): a take that sets `taking` after we looked finds the slice dirty, and its
-	 * sweep waits for these locks. */
-	if (!needed)
-		atomic_store(&r->dirty[slice], 1);
+	if (FFS_FAULT("open-slice") < 0)
+		needed = true;
 	if (!needed && !atomic_load(&t->taking)) {
 		int e = ffs_pages_release_locked(r, t->uffd, slice);
 
@@ -205,9 +207,9 @@ static bool wants_large(
 	return empty <= r->clusters_per_slice / r->clusters_per_copy / 4;
 }
 
-/* With the locks of the slice, so that nobody writes into it meanwhile: where a fault captures into its middle
- * between the look and the making, the kernel fills the gaps with folios of all sizes. A fault that comes just
- * then waits for it, and lends its priority. */
+/* With the locks of the slice, so that nobody writes into it meanwhile: where a fault captures into its
+ * middle between the look and the making, the kernel fills the gaps with folios of all sizes. A fault that
+ * comes just then waits for it, and lends its priority. */
 static bool make_large(
 	struct ffs_tracker *t, struct ffs_branch *b, unsigned region, uint64_t slice, char *buf)
 {

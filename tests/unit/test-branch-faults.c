@@ -239,9 +239,11 @@ static void *let_go_later(void *name)
 	return NULL;
 }
 
-/* A copier that gives a slice back to the guest is preempted just before the ioctl; a whole take goes by. */
-static void test_late_release(void **s)
+/* A copier that gives a slice back to the guest is preempted at the point (its second pass); a whole take
+ * goes by, or waits for it. */
+static void late_release(const char *point)
 {
+	char rule[80];
 	struct fake_vmm f;
 	pthread_t later;
 	char name[] = "slice";
@@ -257,7 +259,8 @@ static void test_late_release(void **s)
 
 	/* its second slice: the first one has pages that saving the device state writes */
 	assert_true(wait_held("start", 5000));
-	rules("uffd-unprotect@2 hold:slice\n");
+	snprintf(rule, sizeof(rule), "%s@2 hold:slice\n", point);
+	rules(rule);
 	let_go("start");
 	assert_true(wait_held("slice", 5000));
 	rules("guest-read delay:3\n");
@@ -277,6 +280,12 @@ static void test_late_release(void **s)
 	munmap(truth, f.size);
 	ffs_sandbox_unref(sb);
 	fake_vmm_stop(&f);
+}
+
+static void test_late_release(void **s)
+{
+	late_release("open-slice");     /* it has seen that no branch needs the slice */
+	late_release("uffd-unprotect"); /* just before the ioctl */
 }
 
 /* QEMU punches the page out of the memfd first, and the event comes with its madvise. What is copied in
@@ -417,5 +426,6 @@ int main(void)
 		cmocka_unit_test_teardown(test_error_new_tracker, after),
 	};
 
+	cmocka_set_test_filter(getenv("FORKFS_TEST_FILTER"));
 	return cmocka_run_group_tests(tests, kit_setup, kit_teardown);
 }
