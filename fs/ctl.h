@@ -17,6 +17,7 @@ struct ffs_request {
 	char name[80];                   /* of the sandbox, or of the branch */
 	char branch[80];                 /* to adopt */
 	char *qemu, *coop, *firecracker; /* control sockets; at most one is given */
+	char *said;                      /* an attach, as its client wrote it */
 	char *key;                       /* of a cached branch, which has no name given */
 	bool cached;                     /* the branch of the key was there */
 	pid_t pid;
@@ -80,3 +81,5 @@ int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_c
 /* Carry it out: pool thread. Ends in ffs_txn_done or ffs_txn_failed, maybe later. */
 void ffs_request_run(struct ffs_txn *t);
 void ffs_request_clear(struct ffs_fs *fs, struct ffs_request *req);
+/* What ffs_request_parse() has allocated. */
+void ffs_request_free_strings(struct ffs_request *req);

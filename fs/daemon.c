@@ -16,6 +16,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "attach.h"
+#include "attached.h"
 #include "base/cleanup.h"
 #include "base/log.h"
 #include "base/util.h"
@@ -40,6 +42,7 @@ struct daemon {
 	pthread_t main_thread;
 	int signals; /* signalfd */
 	bool stopping;
+	bool signalled; /* it ends by a signal; read after the reaper has ended */
 	atomic_bool loop_ended;
 	int front; /* pipe to the process that waits for us; -1 */
 };
@@ -108,7 +111,7 @@ static uint64_t reaper_tick(void *arg)
 
 	while (read(d->signals, &si, sizeof(si)) == sizeof(si)) {
 		ffs_log(FFS_LOG_INFO, "signal %u: ending", si.ssi_signo);
-		d->stopping = true;
+		d->stopping = d->signalled = true;
 	}
 	pthread_mutex_lock(&fs->lock);
 	for (struct ffs_list *e = fs->sandboxes.next, *next; e != &fs->sandboxes; e = next) {
@@ -187,7 +190,22 @@ static int setup_fs(struct daemon *d, const struct ffs_mount_options *opt, struc
 	ffs_engine_limit(
 		fs->engine, &(struct ffs_engine_limits){.memory = opt->memory, .captures = opt->captures});
 	/* after the helpers were forked: they must not hold the store's lock */
-	return ffs_durable_open(fs, err);
+	r = ffs_durable_open(fs, err);
+	if (r < 0)
+		return r;
+	fs->give_up = ffs_cancel_new();
+	if (!fs->give_up)
+		return ffs_error_set(err, ENOMEM, "no memory");
+	/* not mounted yet: nobody asks a dead daemon */
+	_cleanup_free_ char *dir = realpath(d->mount.dir, NULL);
+
+	fs->attached = ffs_attached_new(opt, dir ? dir : d->mount.dir);
+	if (fs->attached && opt->reattach_off) {
+		ffs_attached_forget_all(fs->attached);
+		ffs_attached_free(fs->attached);
+		fs->attached = NULL;
+	}
+	return 0;
 }
 
 static void session_ready(void *arg)
@@ -253,7 +271,10 @@ static int start_threads(struct daemon *d, struct ffs_error *err)
 	d->fs.pool = ffs_pool_new(JOBS);
 	d->fs.writers = ffs_pool_new(WRITERS);
 	d->fs.reaper = d->fs.pool && d->fs.writers ? ffs_reaper_new(&ops) : NULL;
-	return d->fs.reaper ? 0 : ffs_error_set(err, ENOMEM, "no thread for the daemon");
+	if (!d->fs.reaper)
+		return ffs_error_set(err, ENOMEM, "no thread for the daemon");
+	ffs_attach_again(&d->fs);
+	return 0;
 }
 
 /* ---- the end
@@ -318,6 +339,7 @@ static void end(struct daemon *d)
 	fs->closing = true;
 	ffs_handles_each(fs, cancel_txn, NULL);
 	pthread_mutex_unlock(&fs->lock);
+	ffs_attach_give_up(fs);
 	detach_all(fs);
 	ffs_mount_end(&d->mount, fs->se);
 	/* what is complete outlives us */
@@ -328,6 +350,10 @@ static void end(struct daemon *d)
 	ffs_pool_stop(fs->pool);
 	ffs_reaper_stop(fs->reaper);
 	ffs_engine_unref(fs->engine);
+	/* who unmounts is done with it; after a signal, or a death, the next daemon goes on */
+	if (fs->attached && !d->signalled)
+		ffs_attached_forget_all(fs->attached);
+	ffs_attached_free(fs->attached);
 	ffs_durable_close(fs);
 	ffs_log(FFS_LOG_INFO, "%s: ended", d->mount.dir);
 }

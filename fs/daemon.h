@@ -32,6 +32,7 @@ struct ffs_durable;
 struct ffs_store;
 struct ffs_stored;
 struct ffs_keyed;
+struct ffs_attached;
 
 /* A request that threads claim from each other before they act for it or answer it (park.h). */
 struct ffs_parked;
@@ -142,7 +143,7 @@ enum ffs_retry { FFS_RETRY_NONE, FFS_RETRY_WRITER, FFS_RETRY_NODE, FFS_RETRY_TOR
 
 struct ffs_counters {
 	atomic_ullong requests, reads, read_bytes, generations, named, attaches, refused, errors, interrupted,
-		limited, cache_hits, cache_misses, cache_pruned;
+		limited, cache_hits, cache_misses, cache_pruned, reattached, reattaching, lost;
 };
 
 struct ffs_fs {
@@ -151,6 +152,8 @@ struct ffs_fs {
 	struct fuse_session *se;      /* fixed */
 	struct ffs_passthrough pass;
 	struct ffs_store *store;   /* NULL: none; fixed */
+	struct ffs_attached *attached; /* records of what is attached; NULL: none are kept; fixed */
+	struct ffs_cancel *give_up;    /* attaching again; fixed */
 	atomic_bool store_pass;    /* the kernel serves files of the store; false once it refused */
 	struct ffs_pool *pool;     /* fixed */
 	struct ffs_pool *writers;  /* into the store; fixed */

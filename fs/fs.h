@@ -24,6 +24,7 @@ struct ffs_mount_options {
 	bool allow_other;     /* other users may enter what they are lent (owner=); default: the mounting user
 				 alone */
 	bool branch_off;      /* hide branch/ and branch@KEY/ */
+	bool reattach_off;    /* neither find again what an earlier daemon had attached, nor leave word for a later one */
 	uint64_t lease_ns;    /* life of a generation after its last open, read or close; 30 s */
 	unsigned branch_rate; /* branch/ triggers a second and sandbox, then EAGAIN; 10. 0: no limit */
 	uint64_t memory;      /* for images: struct ffs_engine_limits; FFS_MEMORY_AUTO */
@@ -46,7 +47,7 @@ void ffs_mount_options_init(struct ffs_mount_options *opt);
 
 /* Take in a comma-separated list as -o gives it: allow_other, branch=on|off, branch-rate=N, lease=SECONDS,
  * memory=SIZE|auto|unlimited, captures=N, cache-age=SECONDS, cache-size=SIZE, cache-store=SIZE,
- * passthrough=auto|off, store=DIR, default-store=memory|dense|packed,
+ * passthrough=auto|off, reattach=on|off, store=DIR, default-store=memory|dense|packed,
  * max_read=BYTES, log=error|warning|info|debug. What mount(8) and fstab add (rw, dev, suid, exec, auto, user,
  * _netdev, x-*, …) is accepted and ignored. -EINVAL with a sentence that names the option. */
 int ffs_mount_options_parse(struct ffs_mount_options *opt, const char *list, struct ffs_error *err);

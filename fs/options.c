@@ -143,6 +143,9 @@ static int with_value(
 	} else if (strcmp(name, "passthrough") == 0) {
 		r = choice(name, value, auto_off, &word, err);
 		opt->passthrough = word ? FFS_PASSTHROUGH_OFF : FFS_PASSTHROUGH_AUTO;
+	} else if (strcmp(name, "reattach") == 0) {
+		r = choice(name, value, on_off, &word, err);
+		opt->reattach_off = word;
 	} else if (strcmp(name, "store") == 0) {
 		if (!*value || strlen(value) >= sizeof(opt->store))
 			return ffs_error_set(err, EINVAL, "mount option store: name a directory");
@@ -166,7 +169,7 @@ static int with_value(
 	} else {
 		r = ffs_error_set(err, EINVAL,
 			"there is no mount option '%s' (allow_other, branch=, branch-rate=, lease=, "
-			"memory=, captures=, cache-age=, cache-size=, cache-store=, passthrough=, store=, "
+			"memory=, captures=, cache-age=, cache-size=, cache-store=, passthrough=, reattach=, store=, "
 			"default-store=, max_read=, "
 			"log=)",
 			name);

@@ -203,6 +203,10 @@ static int parse_attach(struct json_object *o, struct ffs_request *req, struct f
 	r = parse_socket(o, req, err);
 	if (r < 0)
 		return r;
+	req->said = strdup(
+		json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE));
+	if (!req->said)
+		return ffs_error_set(err, ENOMEM, "no memory");
 	if (owner) {
 		r = parse_owner(owner, req, err);
 		if (r < 0)

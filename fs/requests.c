@@ -12,6 +12,8 @@
 #include "base/cleanup.h"
 #include "base/fault.h"
 #include "base/util.h"
+#include "attach.h"
+#include "attached.h"
 #include "ctl.h"
 #include "durable.h"
 #include "events.h"
@@ -26,33 +28,6 @@
 
 /* ---- admission: reserve, tree lock held
  * --------------------------------------------------------------------------------- */
-
-static int admit_attach(struct ffs_fs *fs, struct ffs_request *req, struct ffs_error *err)
-{
-	struct ffs_sbx *s = ffs_tree_find(fs, req->name);
-
-	if (s && s->attaching)
-		return ffs_error_set(err, EBUSY, "sandbox '%s' is just being attached", req->name);
-	if (s && s->detaching)
-		return ffs_error_set(err, EBUSY, "sandbox '%s' is just being detached", req->name);
-	if (s && s->engine)
-		return ffs_error_set(err, EEXIST,
-			"sandbox '%s' is attached already (pid %d): detach it or take another "
-			"name",
-			req->name, (int)s->pid);
-	if (fs->closing)
-		return ffs_error_set(err, ESHUTDOWN, "the daemon is ending");
-	if (s) {
-		req->sbx = ffs_sbx_ref(s);
-	} else {
-		req->sbx = ffs_sbx_new(fs, req->name);
-		if (!req->sbx)
-			return ffs_error_set(err, ENOMEM, "no memory");
-		ffs_tree_add(fs, req->sbx);
-	}
-	req->sbx->attaching = true;
-	return 0;
-}
 
 static int admit_detach(struct ffs_fs *fs, struct ffs_request *req, struct ffs_error *err)
 {
@@ -73,12 +48,13 @@ static int admit_detach(struct ffs_fs *fs, struct ffs_request *req, struct ffs_e
 	return 0;
 }
 
-static void free_strings(struct ffs_request *req)
+void ffs_request_free_strings(struct ffs_request *req)
 {
 	free(req->qemu);
 	free(req->coop);
 	free(req->key);
 	free(req->firecracker);
+	free(req->said);
 	for (unsigned i = 0; i < req->n_disks; i++) {
 		free((char *)req->disks[i].id);
 		free((char *)req->disks[i].path);
@@ -117,7 +93,7 @@ int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_c
 	if (!r) {
 		pthread_mutex_lock(&fs->lock);
 		if (req.kind == FFS_REQ_ATTACH)
-			r = admit_attach(fs, &req, err);
+			r = ffs_attach_admit(fs, &req, err);
 		else if (req.kind == FFS_REQ_DETACH)
 			r = admit_detach(fs, &req, err);
 		else if (req.kind == FFS_REQ_BRANCH)
@@ -125,7 +101,7 @@ int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_c
 		pthread_mutex_unlock(&fs->lock);
 	}
 	if (r < 0) {
-		free_strings(&req);
+		ffs_request_free_strings(&req);
 	} else {
 		*out = req;
 	}
@@ -136,103 +112,8 @@ void ffs_request_clear(struct ffs_fs *fs, struct ffs_request *req)
 {
 	ffs_sbx_unref(req->sbx);
 	ffs_named_unref(req->named);
-	free_strings(req);
+	ffs_request_free_strings(req);
 	*req = (struct ffs_request){0};
-}
-
-/* ---- attach
- * ------------------------------------------------------------------------------------------------------------
- */
-
-static void undo_attach(struct ffs_fs *fs, struct ffs_sbx *s)
-{
-	pthread_mutex_lock(&fs->lock);
-	s->attaching = false;
-	ffs_tree_drop_empty(fs, s);
-	pthread_mutex_unlock(&fs->lock);
-}
-
-/* False: the client is gone, nothing was done. */
-static bool publish_attach(struct ffs_txn *t, struct ffs_request *req, struct ffs_sandbox *engine, int pidfd)
-{
-	struct ffs_fs *fs = ffs_txn_fs(t);
-	struct ffs_sbx *s = req->sbx;
-	struct ffs_inval inval = {0};
-
-	pthread_mutex_lock(&fs->lock);
-	bool ok = !ffs_txn_abandoned(t) && !fs->closing;
-
-	if (ok) {
-		s->attaching = false;
-		s->engine = engine;
-		s->exited = false;
-		s->pid = ffs_sandbox_pid(engine);
-		s->pidfd = pidfd;
-		s->memory_size = ffs_sandbox_memory_size(engine);
-		s->uid = req->has_owner ? req->uid : fs->uid;
-		s->gid = req->has_owner ? req->gid : fs->gid;
-		s->writable = !req->has_owner || req->owner_writes;
-		s->attached_ns = ffs_wall_ns();
-		ffs_event(fs, "attach", s->name, NULL, NULL, NULL);
-		/* a directory that was there for its branches has another owner now */
-		ffs_inval_collect(fs, s, &inval);
-	}
-	pthread_mutex_unlock(&fs->lock);
-	ffs_inval_send(fs, &inval);
-	return ok;
-}
-
-static void run_attach(struct ffs_txn *t, struct ffs_request *req)
-{
-	struct ffs_fs *fs = ffs_txn_fs(t);
-	struct ffs_attach_options opt = {.name = req->name,
-		.pid = req->pid,
-		.qemu_socket = req->qemu,
-		.coop_socket = req->coop,
-		.firecracker_socket = req->firecracker,
-		.track = req->track,
-		.force = req->force,
-		.disks = req->disks,
-		.n_disks = req->n_disks,
-		.own_mount = fs->mount_dev};
-	struct ffs_sandbox *engine = NULL;
-	struct ffs_error err = {0};
-	int r = FFS_FAULT("fs-attach");
-
-	if (!r)
-		r = ffs_sandbox_attach(fs->engine, &opt, ffs_txn_cancel(t), &engine, &err);
-	if (!r) {
-		r = ffs_guard_check(fs, ffs_sandbox_pid(engine), &err);
-		if (r < 0) {
-			ffs_sandbox_detach(engine);
-			ffs_sandbox_unref(engine);
-		}
-	}
-	if (r < 0) {
-		undo_attach(fs, req->sbx);
-		ffs_txn_failed(t, -r, &err);
-		return;
-	}
-	int pidfd = (int)syscall(SYS_pidfd_open, ffs_sandbox_pid(engine), 0);
-
-	if (!publish_attach(t, req, engine, pidfd)) {
-		ffs_sandbox_detach(engine);
-		ffs_sandbox_unref(engine);
-		if (pidfd >= 0)
-			close(pidfd);
-		undo_attach(fs, req->sbx);
-		ffs_error_set(&err, EINTR, "attach of '%s' was given up by its client", req->name);
-		ffs_txn_failed(t, EINTR, &err);
-		return;
-	}
-	atomic_fetch_add(&fs->count.attaches, 1);
-	ffs_reaper_push(fs->reaper, NULL);
-	struct json_object *o = json_object_new_object(), *status = NULL;
-
-	if (ffs_sandbox_status(engine, &status) < 0)
-		status = json_object_new_object();
-	json_object_object_add(o, "attach", status);
-	ffs_txn_done(t, o);
 }
 
 /* ---- detach, shutdown
@@ -288,6 +169,9 @@ static void run_detach(struct ffs_txn *t, struct ffs_request *req)
 		ffs_txn_failed(t, -r, &err);
 		return;
 	}
+	/* first: a daemon that is killed in between must not attach what its user has let go */
+	if (fs->attached)
+		ffs_attached_forget(fs->attached, req->name);
 	ffs_sbx_detach(req->sbx);
 	struct json_object *o = json_object_new_object(), *d = json_object_new_object();
 
@@ -439,7 +323,7 @@ void ffs_request_run(struct ffs_txn *t)
 
 	switch (req->kind) {
 	case FFS_REQ_ATTACH:
-		run_attach(t, req);
+		ffs_attach_run(t, req);
 		break;
 	case FFS_REQ_DETACH:
 		run_detach(t, req);

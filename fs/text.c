@@ -162,6 +162,12 @@ static int make_metrics(struct ffs_fs *fs, char **text)
 		atomic_load(&c->generations));
 	metric(f, "named_total", "counter", "Named branches taken.", atomic_load(&c->named));
 	metric(f, "attaches_total", "counter", "VMs attached.", atomic_load(&c->attaches));
+	metric(f, "reattached_total", "counter", "VMs of an earlier daemon that were attached again.",
+		atomic_load(&c->reattached));
+	metric(f, "reattaching", "gauge", "VMs of an earlier daemon that are being attached again.",
+		atomic_load(&c->reattaching));
+	metric(f, "reattach_failed_total", "counter", "VMs of an earlier daemon that are gone, or could not be attached.",
+		atomic_load(&c->lost));
 	metric(f, "rate_limited_total", "counter", "Opens of branch/ refused by branch-rate.",
 		atomic_load(&c->limited));
 	metric(f, "errors_total", "counter", "Requests that failed with a sentence.",

@@ -267,7 +267,7 @@ def test_killed_while_written(case):
         assert processes.wait_gone(mount.pid, 30), f"the daemon has passed {point}"
         mount.clear_dead()
         r.guest.check_runs()
-        mount = case.mount(f"after{i}", options=f"store={case.dir}/store")
+        mount = case.mount(f"after{i}", options=f"store={case.dir}/store,reattach=off")
         branches = mount / r.guest.name / "branches"
         assert digest(branches / "whole" / "memory.bin") == expected
         branch = branches / f"b{i}"
@@ -307,7 +307,7 @@ def test_killed_at_random(case):
         mount.clear_dead()
         worker.join(30)
         r.guest.check_runs()
-        mount = case.mount(f"after{i}", options=f"store={case.dir}/store,default-store=" + ("packed" if i % 2 else "dense"))
+        mount = case.mount(f"after{i}", options=f"store={case.dir}/store,reattach=off,default-store=" + ("packed" if i % 2 else "dense"))
         where = mount / r.guest.name / "branches"
         for name in os.listdir(where) if where.exists() else ():
             if rig.state(where / name) == "failed":

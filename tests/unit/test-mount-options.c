@@ -28,6 +28,7 @@ static void test_defaults(void **state)
 
 	assert_false(opt.allow_other);
 	assert_false(opt.branch_off);
+	assert_false(opt.reattach_off);
 	assert_int_equal(opt.lease_ns, 30 * FFS_NS_PER_S);
 	assert_int_equal(opt.branch_rate, 10);
 	assert_true(opt.memory == FFS_MEMORY_AUTO);
@@ -50,6 +51,8 @@ static void test_values(void **state)
 	assert_int_equal(opt.max_read, 65536);
 	assert_int_equal(opt.log, FFS_LOG_DEBUG);
 	assert_false(parsed("branch=off,branch=on").branch_off);
+	assert_true(parsed("reattach=off").reattach_off);
+	assert_false(parsed("reattach=off,reattach=on").reattach_off);
 	assert_true(parsed("memory=unlimited").memory == FFS_MEMORY_UNLIMITED);
 	assert_true(parsed("memory=1G,memory=auto").memory == FFS_MEMORY_AUTO);
 	assert_int_equal(parsed("memory=0").memory, 0);

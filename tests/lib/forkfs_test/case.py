@@ -34,6 +34,8 @@ class Case:
         self.id = os.environ[processes.MARKER]
         self.long = long
         self._ends = []
+        # what a killed daemon leaves for the next one is the test's, and goes with its directory
+        os.environ["RUNTIME_DIRECTORY"] = str(self.dir / "run")
 
     def on_end(self, function):
         """Call it at the end of the test, what was registered last first."""
