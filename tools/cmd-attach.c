@@ -194,6 +194,18 @@ int ffs_cmd_attach(const struct ffs_command *self, int argc, char **argv)
 	return print_attached(self, &t, target.sandbox, a.json);
 }
 
+int ffs_detach(const struct ffs_tree *t, const char *name, struct ffs_error *err)
+{
+	struct json_object *request = json_object_new_object(), *body = json_object_new_object();
+	int r;
+
+	json_object_object_add(request, "detach", body);
+	json_object_object_add(body, "name", json_object_new_string(name));
+	r = ffs_tree_request(t, FFS_ROOT_CTL, request, NULL, err);
+	json_object_put(request);
+	return r;
+}
+
 int ffs_cmd_detach(const struct ffs_command *self, int argc, char **argv)
 {
 	bool help = false;
@@ -204,7 +216,6 @@ int ffs_cmd_detach(const struct ffs_command *self, int argc, char **argv)
 		{0},
 	};
 	_cleanup_(ffs_tree_close) struct ffs_tree t = FFS_TREE_INIT;
-	struct json_object *request, *body;
 	struct ffs_target target;
 	struct ffs_error err = {0};
 	int n, r;
@@ -224,11 +235,6 @@ int ffs_cmd_detach(const struct ffs_command *self, int argc, char **argv)
 		r = ffs_tree_check_target(&t, &target, &err);
 	if (r < 0)
 		return ffs_failure(self, &err);
-	request = json_object_new_object();
-	body = json_object_new_object();
-	json_object_object_add(request, "detach", body);
-	json_object_object_add(body, "name", json_object_new_string(target.sandbox));
-	r = ffs_tree_request(&t, FFS_ROOT_CTL, request, NULL, &err);
-	json_object_put(request);
+	r = ffs_detach(&t, target.sandbox, &err);
 	return r < 0 ? ffs_failure(self, &err) : FFS_EXIT_OK;
 }

@@ -99,6 +99,41 @@ static int daemon_pidfd(const char *dir, int *pid)
 	return (int)syscall(SYS_pidfd_open, *pid, 0);
 }
 
+/* Let go of every VM, as the end of the daemon would: it has the files open that VMs started from its branches have
+ * mapped. What cannot be detached (it is detached already) is no matter: the unmounting tells. */
+static void detach_all(const char *dir)
+{
+	_cleanup_(ffs_tree_close) struct ffs_tree t = FFS_TREE_INIT;
+	char **names = NULL;
+	size_t n = 0;
+
+	if (ffs_tree_open_dir(&t, dir, NULL) < 0 || ffs_tree_names(&t, ".", &names, &n, NULL) < 0)
+		return;
+	for (size_t i = 0; i < n; i++)
+		ffs_detach(&t, names[i], NULL);
+	ffs_tree_names_free(names, n);
+}
+
+static int try_unmount(const char *dir, int daemon, struct ffs_error *err)
+{
+	char users[300];
+	int r = ffs_unmount(dir, false, err);
+	bool by_daemon;
+
+	if (r != -EBUSY)
+		return r;
+	by_daemon = ffs_mountpoint_users(dir, daemon, users, sizeof(users));
+	if (!users[0] && by_daemon) {
+		detach_all(dir);
+		r = ffs_unmount(dir, false, err);
+		if (r != -EBUSY)
+			return r;
+		ffs_mountpoint_users(dir, daemon, users, sizeof(users));
+	}
+	return ffs_error_set(err, EBUSY, "%s is in use%s%s: let them end or leave it, then try again", dir,
+		users[0] ? " by " : " by processes that you may not see", users);
+}
+
 /* Until the daemon has ended: its VMs are let go by then. */
 static int await_end(int fd, int pid, const char *dir, struct ffs_error *err)
 {
@@ -126,7 +161,7 @@ int ffs_cmd_umount(const struct ffs_command *self, int argc, char **argv)
 {
 	_cleanup_free_ char *real = NULL;
 	_cleanup_close_ int fd = -1;
-	char type[80], users[300];
+	char type[80];
 	bool help = false;
 	const struct ffs_opt opts[] = {
 		{"help", 'h', FFS_OPT_FLAG, &help},
@@ -155,12 +190,7 @@ int ffs_cmd_umount(const struct ffs_command *self, int argc, char **argv)
 		return ffs_failure(self, &err);
 	}
 	fd = daemon_pidfd(real, &pid);
-	r = ffs_unmount(real, false, &err);
-	if (r == -EBUSY) {
-		ffs_mountpoint_users(real, users, sizeof(users));
-		ffs_error_set(&err, EBUSY, "%s is in use%s%s: let them end or leave it, then try again", real,
-			users[0] ? " by " : " by processes that you may not see", users);
-	}
+	r = try_unmount(real, pid, &err);
 	if (!r && fd >= 0)
 		r = await_end(fd, pid, real, &err);
 	return r < 0 ? ffs_failure(self, &err) : FFS_EXIT_OK;

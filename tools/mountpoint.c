@@ -206,11 +206,12 @@ static bool process_uses(const char *pid, const char *dir)
 	return maps_below(path, dir);
 }
 
-void ffs_mountpoint_users(const char *dir, char *out, size_t size)
+bool ffs_mountpoint_users(const char *dir, int apart, char *out, size_t size)
 {
 	DIR *proc = opendir("/proc");
 	size_t used = 0;
 	struct dirent *e;
+	bool it_does = false;
 
 	out[0] = 0;
 	while (proc && used < size && (e = readdir(proc))) {
@@ -220,6 +221,10 @@ void ffs_mountpoint_users(const char *dir, char *out, size_t size)
 		if (!isdigit((unsigned char)e->d_name[0]) || atoi(e->d_name) == getpid() ||
 			!process_uses(e->d_name, dir))
 			continue;
+		if (atoi(e->d_name) == apart) {
+			it_does = true;
+			continue;
+		}
 		snprintf(path, sizeof(path), "/proc/%.20s/comm", e->d_name);
 		if (ffs_read_file(path, 4096, &comm, NULL) < 0)
 			continue;
@@ -229,4 +234,5 @@ void ffs_mountpoint_users(const char *dir, char *out, size_t size)
 	}
 	if (proc)
 		closedir(proc);
+	return it_does;
 }

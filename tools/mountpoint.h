@@ -20,5 +20,6 @@ int ffs_mountpoint_check(const char *dir, bool *dead, struct ffs_error *err);
 int ffs_mountpoint_type(const char *dir, char *type, size_t size);
 
 /* Who has something below `dir` open, mapped, or as its working directory: "qemu-system-x86 (1234), bash
- * (77)"; "" when nobody that we may see does. Looks at /proc only. */
-void ffs_mountpoint_users(const char *dir, char *out, size_t size);
+ * (77)"; "" when nobody that we may see does. Looks at /proc only. True: and so has the process `apart`, which
+ * is not in the list. */
+bool ffs_mountpoint_users(const char *dir, int apart, char *out, size_t size);

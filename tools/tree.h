@@ -49,6 +49,9 @@ void ffs_tree_names_free(char **names, size_t n);
 int ffs_tree_request(const struct ffs_tree *t, const char *path, struct json_object *request,
 	struct json_object **answer, struct ffs_error *err);
 
+/* Let go of a VM; as the command detach. */
+int ffs_detach(const struct ffs_tree *t, const char *name, struct ffs_error *err);
+
 /* Replace the sentence of a failed call by the tree's own for the directory `path`, when it has one. */
 void ffs_tree_explain(const struct ffs_tree *t, const char *path, struct ffs_error *err);
 
