@@ -28,7 +28,7 @@ const struct ffs_restore_ops *const ffs_restore_kinds[] = {&ffs_restore_qemu, &f
 
 struct restore_args {
 	const char *count, *vmm, *conf, *dir, *attach, *mount;
-	bool paused, trust, torn, show, track, help;
+	bool paused, trust, torn, show, track, as_served, help;
 	unsigned n;
 };
 
@@ -375,10 +375,12 @@ static int restore(const struct ffs_command *self, struct ffs_restore *r, const 
 	/* a child of a branch in flight is served by the daemon for its life, and cannot be branched */
 	if (!got && a->attach && r->writing)
 		got = ffs_wait_branch(r->tree, &r->target, true, &err);
-	if (!got) {
-		r->memory_fd = ffs_restore_open(r, "memory.bin", &err);
-		got = r->memory_fd < 0 ? r->memory_fd : start_all(&h, &err);
-	}
+	if (!got && a->attach)
+		r->writing = false;
+	if (!got)
+		got = ffs_restore_image(r, a->as_served, &err);
+	if (!got)
+		got = start_all(&h, &err);
 	if (got < 0)
 		return ffs_failure(self, &err);
 	if (ffs_interrupted())
@@ -433,6 +435,7 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		{"paused", 0, FFS_OPT_FLAG, &a.paused},
 		{"accept-torn", 0, FFS_OPT_FLAG, &a.torn},
 		{"trust", 0, FFS_OPT_FLAG, &a.trust},
+		{"as-served", 0, FFS_OPT_FLAG, &a.as_served},
 		{"show", 0, FFS_OPT_FLAG, &a.show},
 		{"mount", 0, FFS_OPT_VALUE, &a.mount},
 		{"help", 'h', FFS_OPT_FLAG, &a.help},

@@ -42,8 +42,8 @@ const struct ffs_command ffs_commands[] = {
 	{"wait", "NAME/BRANCH…", "wait until branches are complete", ffs_cmd_wait},
 	{"rm", "NAME/BRANCH…", "remove branches; who has one open goes on reading it", ffs_cmd_rm},
 	{"restore",
-		"NAME/BRANCH [-n COUNT] [--attach NAME [--track]] [--paused] [--accept-torn] [--trust] [--show] [--vmm "
-		"BINARY] [--conf FILE] [--dir DIR] [-- VMM ARGS…]",
+		"NAME/BRANCH [-n COUNT] [--attach NAME [--track]] [--paused] [--accept-torn] [--trust] [--as-served] [--show] "
+		"[--vmm BINARY] [--conf FILE] [--dir DIR] [-- VMM ARGS…]",
 		"start VMs that go on where the branch was taken; a line of JSON for each", ffs_cmd_restore},
 	{"verify", "PATH…",
 		"read all of a branch, or of a store, and name the first byte that is not as written",

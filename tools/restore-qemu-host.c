@@ -26,7 +26,9 @@ int ffs_qemu_chardev(struct ffs_qemu_args *a, const char *opt, const char *value
 	ffs_qemu_get(value, "backend", "backend", kind, sizeof(kind));
 	ffs_qemu_get(value, NULL, "id", id, sizeof(id));
 	ffs_qemu_get(value, NULL, "mux", mux, sizeof(mux));
-	if (!ffs_qemu_is_id(id) || !strncmp(id, "forkfs", 6))
+	if (!strcmp(id, "forkfs-control"))
+		return 0; /* of a child of ours: each has its own */
+	if (!ffs_qemu_is_id(id))
 		return ffs_error_set(err, EINVAL, "-chardev %.100s of the branched VM has no name that can be used", value);
 	if (ffs_qemu_user_has(a, "chardev", "id", id))
 		return 0;

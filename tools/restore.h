@@ -1,6 +1,7 @@
 /* Starting VMs from a branch: what `forkfs restore` and its kinds of VMM share.
  *   cmd-restore.c        the command: what the branch is, the children side by side, what is printed
  *   restore-child.c      one process: its directory, its descriptors, its life
+ *   restore-image.c      what its children map
  *   restore-conf.c       which program, with which options of the host (/etc/forkfs/vmm.d)
  *   restore-qemu*.c      kind qemu            restore-api.c   kind coop, and what VMMs with an HTTP API share
  *
@@ -73,6 +74,13 @@ struct ffs_restore {
 	/* what was replaced or left out of the command line, a sentence each; JSON array */
 	struct json_object *notes;
 };
+
+/* ---- restore-image.c ---- */
+
+/* Open what the children are to map into r->memory_fd: memory.bin where the kernel serves it from the branch's image, or
+ * while it is still being written; else (from the store, shared with a parent, no passthrough) its content in a sealed
+ * file in memory, which takes as long as reading it. as_served: memory.bin in any case. -EINTR by a signal. */
+int ffs_restore_image(struct ffs_restore *r, bool as_served, struct ffs_error *err);
 
 /* ---- restore-child.c: one VM ---- */
 

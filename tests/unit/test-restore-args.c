@@ -161,7 +161,7 @@ static void test_hostile(void **state)
 		{"-machine", "q35,dumpdtb=/etc/cron.d/x"}, {"-fw_cfg", "name=opt/x,file=/etc/shadow"},
 		{"-smbios", "file=/etc/shadow"}, {"-acpitable", "file=/etc/shadow"}, {"-pflash", "/dev/sda"},
 		{"-tpmdev", "passthrough,id=t,path=/dev/tpm0"}, {"-cpu", "-device"}, {"-uuid", "x\n-device"},
-		{"-chardev", "file,id=../../etc/cron.d/x,path=/etc/passwd"}, {"-chardev", "file,id=forkfs-control,path=/x"},
+		{"-chardev", "file,id=../../etc/cron.d/x,path=/etc/passwd"},
 		{"-serial", "chardev:../x"}, {"-netdev", "user,id=../x"}, {"-M", "x,memory-backend=a,,share=on"},
 		{"-daemonise", "x"}, {"/etc/shadow", "x"}};
 	static const char *const harmless[][2] = {{"-serial", "file:/etc/passwd"}, {"-chardev", "pipe,id=c,path=/etc/passwd"},
@@ -170,7 +170,7 @@ static void test_hostile(void **state)
 		{"-gdb", "tcp::1234"}, {"-kernel", "/etc/shadow"}, {"-initrd", "/etc/shadow"}, {"-bios", "/etc/shadow"},
 		{"-L", "/tmp/evil"}, {"-trace", "file=/etc/passwd"}, {"-netdev", "user,id=n,smb=/,hostfwd=tcp::1-:1"},
 		{"-net", "tap,script=/tmp/evil"}, {"-add-fd", "fd=3,set=1"}, {"-chroot", "/tmp/evil"},
-		{"-debugcon", "file:/etc/passwd"}, {"-parallel", "/dev/parport0"}};
+		{"-debugcon", "file:/etc/passwd"}, {"-chardev", "file,id=forkfs-control,path=/etc/x"}, {"-parallel", "/dev/parport0"}};
 
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(refused); i++) {
 		struct made *m = MAKE("-m", "256M", refused[i][0], refused[i][1]);

@@ -101,7 +101,7 @@ _forkfs() {
 		detach | wait | rm | verify | export) options='--mount --help' ;;
 		import) options='--store --store-dir --mount --help' ;;
 		inspect) options='--chunks --mount --help' ;;
-		restore) options='-n --attach --track --paused --accept-torn --trust --show --vmm --conf --dir --mount --help' ;;
+		restore) options='-n --attach --track --paused --accept-torn --trust --as-served --show --vmm --conf --dir --mount --help' ;;
 		pager) options='--children --owner --all --no-prefetch --limit --working-set --mount --help' ;;
 		doctor) options='--json --help' ;;
 		esac

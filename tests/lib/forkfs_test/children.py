@@ -41,6 +41,11 @@ class Child:
         """The files it has mapped."""
         return pathlib.Path(f"/proc/{self.pid}/maps").read_text()
 
+    def files(self):
+        """The files it has open."""
+        where = f"/proc/{self.pid}/fd"
+        return [os.readlink(f"{where}/{n}") for n in os.listdir(where)]
+
     def pss(self):
         """Bytes of memory that are its own: pages shared with n others count for an n-th."""
         text = pathlib.Path(f"/proc/{self.pid}/smaps_rollup").read_text()

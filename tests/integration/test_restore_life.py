@@ -1,0 +1,170 @@
+"""Children of `forkfs restore` in bad days: the daemon dies, the branch is not ready yet, one of them fails, somebody presses Ctrl-C."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+from forkfs_test import children, processes, rig
+from forkfs_test.api import ApiRig
+from forkfs_test.microvm import MicroVm
+
+RUN = ["counter", "selfcheck,mib=32,threads=1,step=1,every=16"]
+TIMEOUT = {"test_daemon_killed": 180}
+SMALL = 16
+
+
+def micro_rig(case, **vm):
+    """The microVM, a mount, attached."""
+    return ApiRig(case, MicroVm(case, "sbx1", **{"mib": SMALL, "kind": "memfd", "vcpus": 1, **vm}))
+
+
+def evict():
+    """Throw away what the page cache can do without."""
+    pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def test_daemon_killed(case):
+    """kill -9 of the daemon with 20 children of a settled branch: all go on, also when pages were evicted."""
+    r = micro_rig(case)
+    assert rig.wait_settled(r.branch("b1")) == "ready"
+    found, _ = children.run_micro(r.mount, "sbx1/b1", "-n", "20")
+    assert len(found) == 20
+    r.mount.kill()
+    r.mount.clear_dead()
+    evict()
+    for child in found:
+        child.visit_all(SMALL)
+
+
+def test_daemon_killed_in_flight(case):
+    """Of a branch that is still being written: a child runs before it is ready, and ends with the daemon: it never reads zeros."""
+    r = rig.Rig(case, mib=192, run=RUN)
+    rig.request(r.sandbox / "ctl", branch={"name": "b1", "max_rate": 1 << 20})
+    (child,), _ = children.run(r.mount, "sbx1/b1")
+    assert rig.state(r.sandbox / "branches/b1") == "writing"
+    child.wait_console(r"^(ok|tick)", count=2)
+    child.check_sane()
+    assert rig.state(r.sandbox / "branches/b1") == "writing"
+    r.mount.kill()
+    r.mount.clear_dead()
+    evict()
+    assert processes.wait_gone(child.pid, 60), child.console()[-300:]
+    child.check_sane()
+
+
+def test_branch_removed(case):
+    """A branch that is removed while its children run is there for them; its name may be used again."""
+    r = micro_rig(case)
+    branch = r.branch("b1")
+    assert rig.wait_settled(branch) == "ready"
+    found, _ = children.run_micro(r.mount, "sbx1/b1", "-n", "2")
+    branch.rmdir()
+    assert rig.wait_settled(r.branch("b1")) == "ready"
+    evict()
+    for child in found:
+        child.visit_all(SMALL)
+
+
+def odd_vmm(case, odd):
+    """A VMM whose child 2 is another program; its name and the options of `forkfs restore`."""
+    script = case.dir / "vmm"
+    script.write_text(f'#!/bin/bash\nnumber=$1; shift\n[ "$number" = 2 ] && {{ {odd}; }}\nexec {case.tool("../microvm/microvm")} "$@"\n')
+    script.chmod(0o700)
+    return ["--vmm", script], ["{number}", *children.MICRO]
+
+
+def test_one_fails(case):
+    """One of three ends at once: exit code 1 and what it said; the others are there, and nothing is left of it."""
+    r = micro_rig(case)
+    assert rig.wait_settled(r.branch("b1")) == "ready"
+    options, vmm = odd_vmm(case, "echo no room for me >&2; exit 3")
+    found, result = children.run(r.mount, "sbx1/b1", "-n", "3", *options, kind=children.MicroChild, vmm=vmm, check=False)
+    assert result.code == 1 and "child 2" in result.err and "exit code 3" in result.err and "no room for me" in result.err, result.err
+    assert {c.said["child"] for c in found} == {1, 3}
+    for child in found:
+        child.visit_all(SMALL, 1)
+    assert {p.name for p in (case.dir / "ch").iterdir()} == {c.dir.name for c in found}
+
+
+def test_interrupted(case):
+    """Ctrl-C while one has not come up: that one is ended, those that run stay."""
+    r = micro_rig(case)
+    assert rig.wait_settled(r.branch("b1")) == "ready"
+    options, vmm = odd_vmm(case, 'echo $$ >pid.new; mv pid.new "../pid"; exec sleep 1000')
+    command = [r.mount.binary, "restore", "--mount", r.mount.path, "sbx1/b1", "-n", "3", "--dir", case.dir / "ch", *options, "--", *vmm]
+    process = case.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    found = [children.MicroChild(case, json.loads(process.stdout.readline())) for _ in range(2)]
+    while not (case.dir / "ch/pid").exists():
+        time.sleep(0.01)
+    stuck = int((case.dir / "ch/pid").read_text())
+    assert processes.alive(stuck)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == -signal.SIGINT, process.stderr.read()
+    assert processes.wait_gone(stuck, 5)
+    for child in found:
+        child.visit_all(SMALL, 1)
+
+
+def test_paused(case):
+    """--paused leaves them where the branch was taken."""
+    r = micro_rig(case)
+    assert rig.wait_settled(r.branch("b1")) == "ready"
+    (child,), _ = children.run_micro(r.mount, "sbx1/b1", "--paused")
+    assert child.said["state"] == "paused" and child.said["times"]["running_ns"] is None
+    assert child.status()["state"] == "paused"
+    child.status("resume")
+    child.visit_all(SMALL, 1)
+    q = rig.Rig(case, mount=r.mount, mib=128, name="vm2")
+    assert rig.wait_settled(q.branch("b1")) == "ready"
+    (child,), _ = children.run(r.mount, "vm2/b1", "--paused")
+    monitor = child.monitor()
+    assert monitor.status() == "paused"
+    monitor.execute("cont")
+    child.wait_console(r"^tick", count=2)
+
+
+def test_refused(case):
+    """What can never be restored, or not without being asked for, is refused before anything is started."""
+    r = rig.Rig(case, mib=128, options=f"store={case.dir}/store,default-store=memory")
+
+    def refused(branch, *options, part):
+        found, result = children.run(r.mount, branch, *options, check=False)
+        assert not found and result.code == 1 and part in result.err, result.err
+        assert not (case.dir / "ch").exists() or not os.listdir(case.dir / "ch")
+
+    refused("sbx1/none", part="no branch 'none'")
+    r.mount.faults("image-write error:ENOSPC")
+    branch = r.branch("bad")
+    assert rig.wait_settled(branch) == "failed"
+    r.mount.faults()
+    refused("sbx1/bad", "--trust", "--accept-torn", part="failed and can never be restored")
+    assert rig.wait_settled(r.branch("b1")) == "ready"
+    refused("sbx1/b1", "--conf", "/proc/self/none", part="none")
+    loose = case.dir / "loose.conf"
+    loose.write_text("kind = qemu\n")
+    loose.chmod(0o666)
+    refused("sbx1/b1", "--conf", str(loose), part="can be written by others")
+    # imported: its command line is shown, and run only by who says so
+    r.mount.run("branch", "sbx1", "p", "--store", "packed")
+    r.mount.run("export", "sbx1/p", case.dir / "stream")
+    r.mount.run("import", case.dir / "stream", "other/p")
+    refused("other/p", part="memory-backend-memfd")
+    (child,), _ = children.run(r.mount, "other/p", "--trust")
+    child.wait_console(r"^tick", count=2)
+    assert "-kernel" in pathlib.Path(f"/proc/{child.pid}/cmdline").read_text()
+
+
+def test_torn(case):
+    """A branch that may be torn is started by who says so only."""
+    r = rig.Rig(case, mib=128)
+    memfd = next(p for p in pathlib.Path(f"/proc/{r.guest.pid}/fd").iterdir() if "memory-backend-memfd" in os.readlink(p))
+    fd = os.open(memfd, os.O_RDWR)
+    r.mount.run("branch", "sbx1", "torn", "--force")
+    os.close(fd)
+    found, result = children.run(r.mount, "sbx1/torn", check=False)
+    assert not found and result.code == 1 and "--accept-torn" in result.err, result.err
+    (child,), _ = children.run(r.mount, "sbx1/torn", "--accept-torn")
+    child.wait_console(r"^tick", count=2)
