@@ -2,6 +2,8 @@
  * a store. And what export and import carry is what was there. */
 #include "store-kit.h"
 
+#define CHILD_SIZE (40 * FFS_STORE_CHUNK)
+
 #define SIZE (640 * KIB + 100)
 
 static void flip(const char *path, uint64_t at, unsigned char with)
@@ -189,6 +191,82 @@ static int count(void *arg, const char *sandbox, const char *name, enum ffs_stor
 }
 
 /* A stream with a bit flipped, or cut off, or with a byte too few, publishes nothing and leaves nothing. */
+/* Put a branch with an id, and a parent or none, into a sandbox. */
+static void put_child(struct ffs_store *st, const char *sandbox, const char *name, const char *id, const char *parent,
+	int memory, struct ffs_stored *share)
+{
+	struct json_object *o = make_manifest(id, CHILD_SIZE);
+	int vmstate = make_vmstate();
+	struct ffs_draft *d = NULL;
+	struct ffs_error err = {0};
+
+	json_object_object_add(o, "parent", parent ? json_object_new_string(parent) : NULL);
+	assert_ok(ffs_draft_begin(st, sandbox, name, &d, &err), err);
+	assert_ok(ffs_draft_memory(d, memory, CHILD_SIZE, FFS_STORE_PACKED, share, NULL, &err), err);
+	assert_ok(ffs_draft_file(d, "vmstate", vmstate, &err), err);
+	assert_ok(ffs_store_publish(d, o, NULL, &err), err);
+	ffs_draft_end(d);
+	json_object_put(o);
+	close(vmstate);
+}
+
+/* An incremental branch goes out whole, and comes in beside its parent sharing its chunks, wherever that is. */
+static void test_incremental(void **state)
+{
+	static const char *const ids[] = {"00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00000000000b"};
+	unsigned char *maps[2];
+	int memory = make_memory(CHILD_SIZE, 3, &maps[0]), changed = make_memory(CHILD_SIZE, 3, &maps[1]);
+	int stream = memfd_create("stream", MFD_CLOEXEC);
+	struct ffs_stored *parent = NULL, *child = NULL;
+	struct ffs_error err = {0};
+	uint64_t all, shared;
+	struct kit k, empty;
+
+	memset(maps[1] + 3 * FFS_STORE_CHUNK, 0x5a, 4096);
+	assert_int_equal(pwrite(changed, maps[1] + 3 * FFS_STORE_CHUNK, 4096, 3 * FFS_STORE_CHUNK), 4096);
+	kit_open(&k);
+	put_child(k.st, "sbx1", "p", ids[0], NULL, memory, NULL);
+	assert_ok(ffs_stored_open(k.st, "sbx1", "p", &parent, &err), err);
+	put_child(k.st, "sbx1", "c", ids[1], ids[0], changed, parent);
+	assert_ok(ffs_stored_open(k.st, "sbx1", "c", &child, &err), err);
+	assert_ok(ffs_stored_export(child, stream, NULL, &err), err);
+	ffs_stored_unref(child);
+	ffs_stored_unref(parent);
+
+	/* a store that never saw the parent */
+	kit_open(&empty);
+	assert_int_equal(lseek(stream, 0, SEEK_SET), 0);
+	assert_ok(ffs_store_import(empty.st, stream, "x", "c", FFS_STORE_MEMORY, NULL, &err), err);
+	assert_ok(ffs_stored_open(empty.st, "x", "c", &child, &err), err);
+	check_memory(child, maps[1], CHILD_SIZE);
+	assert_string_equal(child->m.parent, ids[0]);
+	ffs_stored_sizes(child, &all, &shared);
+	assert_int_equal(shared, 0);
+	ffs_stored_unref(child);
+	kit_close(&empty);
+
+	/* the parent is there, in another sandbox; a younger branch of this one is no reason to pass it over */
+	put_child(k.st, "y", "young", "00000000-0000-4000-8000-00000000000c", NULL, memory, NULL);
+	assert_int_equal(lseek(stream, 0, SEEK_SET), 0);
+	assert_ok(ffs_store_import(k.st, stream, "y", "c", FFS_STORE_MEMORY, NULL, &err), err);
+	assert_ok(ffs_stored_open(k.st, "y", "c", &child, &err), err);
+	assert_string_equal(child->m.parent, ids[0]);
+	ffs_stored_sizes(child, &all, &shared);
+	assert_true(shared > 0 && all - shared < all / 2);
+	assert_ok(ffs_store_remove(k.st, "sbx1", "p", &err), err);
+	assert_ok(ffs_store_remove(k.st, "sbx1", "c", &err), err);
+	assert_ok(ffs_store_reap(k.st, "sbx1", &err), err);
+	check_memory(child, maps[1], CHILD_SIZE);
+	assert_ok(ffs_stored_verify(child, NULL, &err), err);
+	ffs_stored_unref(child);
+	kit_close(&k);
+	close(memory);
+	close(changed);
+	close(stream);
+	free(maps[0]);
+	free(maps[1]);
+}
+
 static void test_damaged_streams(void **state)
 {
 	struct ffs_error err = {0};
@@ -336,6 +414,7 @@ int main(void)
 		cmocka_unit_test(test_flips),
 		cmocka_unit_test(test_first_wrong_block),
 		cmocka_unit_test(test_export_import),
+		cmocka_unit_test(test_incremental),
 		cmocka_unit_test(test_damaged_streams),
 		cmocka_unit_test(test_golden_index),
 		cmocka_unit_test(test_collision),
