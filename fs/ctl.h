@@ -9,7 +9,7 @@
 struct ffs_txn;
 struct json_object;
 
-enum ffs_request_kind { FFS_REQ_ATTACH, FFS_REQ_DETACH, FFS_REQ_SHUTDOWN, FFS_REQ_ADOPT, FFS_REQ_BRANCH };
+enum ffs_request_kind { FFS_REQ_ATTACH, FFS_REQ_DETACH, FFS_REQ_SHUTDOWN, FFS_REQ_ADOPT, FFS_REQ_BRANCH, FFS_REQ_CONVERT };
 
 /* What was asked for, checked. Strings are owned. */
 struct ffs_request {

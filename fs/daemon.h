@@ -29,6 +29,7 @@ struct ffs_node;
 struct ffs_handle;
 struct ffs_sentences;
 struct ffs_durable;
+struct ffs_conversion;
 struct ffs_store;
 struct ffs_stored;
 struct ffs_keyed;
@@ -105,6 +106,7 @@ struct ffs_named {
 	uint64_t vmstate_size, memory_size, time_ns;
 	struct ffs_named_disk *disks; /* fixed with the shot */
 	unsigned n_disks;
+	struct ffs_conversion *conversion; /* while it is given another form (convert.c) */
 	char *key; /* a cached branch: what it was taken for; NULL: its user's */
 	uint64_t last_use_ns;
 	struct ffs_list link;  /* in sbx->branches */
@@ -237,6 +239,12 @@ void ffs_live_ended(void *data, void *arg);
 struct ffs_shot *ffs_shot_new(struct ffs_sbx *sbx, struct ffs_branch *branch);
 /* One without an image: of the store, or of what failed. Tree lock held; NULL: no memory. */
 struct ffs_shot *ffs_shot_plain(struct ffs_sbx *sbx);
+/* The shot of a branch like this one that is served from the store, whose reference it takes over. Tree lock held;
+ * NULL: no memory, and the reference is still the caller's. */
+struct ffs_shot *ffs_shot_of_store(const struct ffs_shot *like, struct ffs_stored *stored);
+/* Tree lock held: the name is served by `next`, which is taken over, from now on; who has `s` open stays with it. The
+ * name's reference of `s` is dropped. */
+void ffs_shot_succeed(struct ffs_shot *s, struct ffs_shot *next);
 /* Tree lock held: its memory (or its vmstate) is one file that the kernel may serve. */
 bool ffs_shot_is_file(const struct ffs_shot *s, bool memory);
 /* The branch's id; "" of one that failed before it had one. */

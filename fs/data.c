@@ -201,6 +201,9 @@ void ffs_named_open(struct ffs_call *call, struct ffs_node *node, int flags)
 		/* the kernel looks the name up again and is given the writers' node */
 		ffs_retry_note(fs, call->who.tid, node->ino, FFS_RETRY_WRITER);
 		code = ESTALE;
+	} else if (!code && node->key.mode == FFS_MODE_PASS && !ffs_shot_is_file(node->named->shot, is_memory(node->key.kind))) {
+		/* converted since: the name has another node now */
+		code = ESTALE;
 	} else if (!code) {
 		ffs_retry_take(fs, call->who.tid, node->ino);
 		shot = ffs_shot_ref(node->named->shot);

@@ -36,7 +36,7 @@ struct ffs_durable {
 	bool over;
 };
 
-static void one_less(struct ffs_fs *fs)
+void ffs_durable_leave(struct ffs_fs *fs)
 {
 	pthread_mutex_lock(&fs->lock);
 	if (--fs->n_durable == 0)
@@ -87,7 +87,7 @@ static void free_durable(struct ffs_durable *d)
 	ffs_stored_unref(d->stored);
 	ffs_write_end(&d->write);
 	if (!d->over)
-		one_less(fs);
+		ffs_durable_leave(fs);
 	free(d);
 }
 
@@ -271,7 +271,7 @@ static void run_job(struct ffs_work *w)
 	ffs_write_end(&d->write);
 	d->shot = NULL;
 	d->over = true;
-	one_less(d->fs);
+	ffs_durable_leave(d->fs);
 	/* with the reference that was ours */
 	ffs_reaper_push(s->fs->reaper, &s->settle_work);
 }
@@ -324,18 +324,10 @@ struct ffs_shot *ffs_durable_successor(struct ffs_shot *s)
 		s->state = FFS_BRANCH_FAILED;
 		s->failure = d->why;
 	}
-	next = ffs_shot_plain(s->sbx);
+	next = ffs_shot_of_store(s, d->stored);
 	/* without memory for it the image goes on serving */
-	if (!next)
-		return NULL;
-	next->memory_size = s->memory_size;
-	next->vmstate_size = s->vmstate_size;
-	next->time_ns = s->time_ns;
-	next->state = s->state;
-	next->failure = s->failure;
-	next->stored = d->stored;
-	next->manifest_len = d->stored ? ffs_stored_manifest_size(d->stored) : 0;
-	d->stored = NULL;
+	if (next)
+		d->stored = NULL;
 	return next;
 }
 

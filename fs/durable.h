@@ -11,6 +11,8 @@ int ffs_durable_open(struct ffs_fs *fs, struct ffs_error *err);
 int ffs_durable_adopt(struct ffs_fs *fs, const char *sandbox, const char *name, struct ffs_error *err);
 /* Wait until nothing is on its way any more. At the end, every VM let go. */
 void ffs_durable_drain(struct ffs_fs *fs);
+/* What was counted in fs->n_durable is over. Without the tree lock. */
+void ffs_durable_leave(struct ffs_fs *fs);
 void ffs_durable_close(struct ffs_fs *fs);
 
 /* Before the take: the draft of a branch that is to go to the store (named->kind); nothing for one that stays

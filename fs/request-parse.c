@@ -215,16 +215,16 @@ static int parse_attach(struct json_object *o, struct ffs_request *req, struct f
 	return parse_disks(o, req, err);
 }
 
-static int parse_store(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
+static int parse_store(struct json_object *o, const char *what, struct ffs_request *req, struct ffs_error *err)
 {
 	const char *v;
-	int r = get_string(o, "branch", "store", 64, &v, err);
+	int r = get_string(o, what, "store", 64, &v, err);
 
 	if (r < 0 || !v)
 		return r;
 	if (!ffs_store_kind_parse(v, &req->store))
 		return ffs_error_set(
-			err, EINVAL, "branch: there is no store '%s' (memory, dense, packed)", v);
+			err, EINVAL, "%s: there is no store '%s' (memory, dense, packed)", what, v);
 	req->has_store = true;
 	return 0;
 }
@@ -283,7 +283,7 @@ static int parse_branch(struct json_object *o, struct ffs_request *req, struct f
 	if (!r)
 		r = parse_rate(o, req, err);
 	if (!r)
-		r = parse_store(o, req, err);
+		r = parse_store(o, "branch", req, err);
 	if (!r)
 		r = get_bool(o, "branch", "wait", &req->wait, err);
 	if (!r)
@@ -313,6 +313,20 @@ static int parse_adopt(struct json_object *o, struct ffs_request *req, struct ff
 	return r;
 }
 
+static int parse_convert(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
+{
+	static const char *const keys[] = {"name", "store", NULL};
+	int r = known_keys(o, "convert", keys, err);
+
+	if (!r)
+		r = get_name(o, "convert", "branch", req->name, err);
+	if (!r)
+		r = parse_store(o, "convert", req, err);
+	if (!r && (!req->has_store || req->store == FFS_STORE_MEMORY))
+		r = ffs_error_set(err, EINVAL, "convert: 'store' is dense or packed");
+	return r;
+}
+
 int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req, struct ffs_error *err)
 {
 	static const char *const none[] = {NULL}, *const only_name[] = {"name", NULL};
@@ -328,7 +342,7 @@ int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req,
 	}
 	if (n != 1)
 		return ffs_error_set(err, EINVAL, "a request has exactly one key: %s",
-			root ? "attach, detach, adopt or shutdown" : "branch");
+			root ? "attach, detach, adopt or shutdown" : "branch or convert");
 	if (!json_object_is_type(arg, json_type_object))
 		return ffs_error_set(err, EINVAL, "'%.64s' takes an object", verb);
 	if (root && strcmp(verb, "attach") == 0) {
@@ -353,6 +367,11 @@ int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req,
 		req->kind = FFS_REQ_BRANCH;
 		return parse_branch(arg, req, err);
 	}
+	if (!root && strcmp(verb, "convert") == 0) {
+		req->kind = FFS_REQ_CONVERT;
+		return parse_convert(arg, req, err);
+	}
 	return ffs_error_set(err, EINVAL, "there is no request '%.64s' here: %s", verb,
-		root ? ".forkfs/ctl takes attach, detach, adopt, shutdown" : "a sandbox's ctl takes branch");
+		root ? ".forkfs/ctl takes attach, detach, adopt, shutdown"
+		     : "a sandbox's ctl takes branch, convert");
 }

@@ -14,6 +14,7 @@
 #include "base/util.h"
 #include "attach.h"
 #include "attached.h"
+#include "convert.h"
 #include "ctl.h"
 #include "durable.h"
 #include "events.h"
@@ -84,6 +85,17 @@ static int admit_branch(
 	return r;
 }
 
+static int admit_convert(struct ffs_sbx *sbx, struct ffs_request *req, struct ffs_error *err)
+{
+	struct ffs_named *n = ffs_named_find(sbx, req->name);
+	int r = n ? ffs_convert_admit(n, err)
+		  : ffs_error_set(err, ENOENT, "sandbox '%s' has no branch '%s'", sbx->name, req->name);
+
+	if (!r)
+		req->named = ffs_named_ref(n);
+	return r;
+}
+
 int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_caller *who,
 	struct json_object *o, struct ffs_request *out, struct ffs_error *err)
 {
@@ -98,6 +110,8 @@ int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_c
 			r = admit_detach(fs, &req, err);
 		else if (req.kind == FFS_REQ_BRANCH)
 			r = admit_branch(sbx, who, &req, err);
+		else if (req.kind == FFS_REQ_CONVERT)
+			r = admit_convert(sbx, &req, err);
 		pthread_mutex_unlock(&fs->lock);
 	}
 	if (r < 0) {
@@ -336,6 +350,9 @@ void ffs_request_run(struct ffs_txn *t)
 		break;
 	case FFS_REQ_BRANCH:
 		run_branch(t, req);
+		break;
+	case FFS_REQ_CONVERT:
+		ffs_convert_run(t, req);
 		break;
 	}
 }

@@ -2,6 +2,7 @@
  *
  * Threads: FUSE workers, without the tree lock (taken inside, for copying what is needed); asks the engine
  * for JSON, which never waits for a VMM. Guest memory and payloads never pass through here. */
+#include "convert.h"
 #include "text.h"
 
 #include <errno.h>
@@ -259,6 +260,7 @@ struct json_object *ffs_named_status(struct ffs_fs *fs, struct ffs_named *named)
 	/* the name of today, and the state that `state` and `wait` go by */
 	json_object_object_add(o, "name", json_object_new_string(name));
 	json_object_object_add(o, "sandbox", json_object_new_string(shot->sbx->name));
+	ffs_convert_status(named, o);
 	if (named->key)
 		json_object_object_add(o, "key", json_object_new_string(named->key));
 	json_object_object_add(o, "state", json_object_new_string(ffs_branch_state_name(shot->state)));

@@ -132,8 +132,7 @@ static void tell_settled(struct ffs_shot *s)
 		ffs_gen_fail(s->live->gen);
 }
 
-/* Tree lock held: the name is served by `next` from now on; who has `s` open stays with it. */
-static void succeed(struct ffs_shot *s, struct ffs_shot *next)
+void ffs_shot_succeed(struct ffs_shot *s, struct ffs_shot *next)
 {
 	struct ffs_named *n = s->named;
 
@@ -180,7 +179,7 @@ static void settle(struct ffs_work *w)
 		ffs_parked_claim_all(&s->named->waits, &waits);
 	tell_settled(s);
 	if (next)
-		succeed(s, next);
+		ffs_shot_succeed(s, next);
 	pthread_mutex_unlock(&fs->lock);
 	if (state == FFS_BRANCH_FAILED)
 		ffs_log(FFS_LOG_WARN, "%s: branch %s failed: %s", s->sbx->name, ffs_shot_id(s), why.text);
@@ -222,6 +221,22 @@ struct ffs_shot *ffs_shot_plain(struct ffs_sbx *sbx)
 	s->free_work.fn = free_shot;
 	ffs_list_init(&s->waiters);
 	s->sbx = ffs_sbx_ref(sbx);
+	return s;
+}
+
+struct ffs_shot *ffs_shot_of_store(const struct ffs_shot *like, struct ffs_stored *stored)
+{
+	struct ffs_shot *s = ffs_shot_plain(like->sbx);
+
+	if (!s)
+		return NULL;
+	s->memory_size = like->memory_size;
+	s->vmstate_size = like->vmstate_size;
+	s->time_ns = like->time_ns;
+	s->state = like->state;
+	s->failure = like->failure;
+	s->stored = stored;
+	s->manifest_len = stored ? ffs_stored_manifest_size(stored) : 0;
 	return s;
 }
 

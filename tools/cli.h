@@ -37,6 +37,7 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_verify(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_export(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_import(const struct ffs_command *self, int argc, char **argv);
+int ffs_cmd_convert(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_inspect(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_pager(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_doctor(const struct ffs_command *self, int argc, char **argv);

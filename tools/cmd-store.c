@@ -1,7 +1,7 @@
-/* forkfs verify, export, import, inspect: what is done with branches as files, in a store or through a mount.
+/* forkfs verify, export, import, convert, inspect: what is done with branches as files, in a store or through a mount.
  *
  * One thread, and one that draws. Ctrl-C ends each and leaves nothing half done: an export is renamed when it is whole, an
- * import is published when it is. */
+ * import or a conversion is published when it is. */
 #include "cli.h"
 
 #include <dirent.h>
@@ -55,6 +55,24 @@ static int find_branch(const char *word, const char *mount, char **out, struct f
 	return r;
 }
 
+/* The options and words of a command: true when there are `want` words (0: any, but one at least); else it ends with
+ * *code. `what`: the sentence that says which words. */
+static bool take_words(const struct ffs_command *self, const struct ffs_opt *opts, const bool *help, int argc, char **argv,
+	int want, const char *what, int *n, int *code)
+{
+	struct ffs_error err = {0};
+
+	if (ffs_opts_parse(opts, argc, argv, n, &err) < 0)
+		*code = ffs_usage_error(self, "%s", err.text);
+	else if (*help)
+		*code = ffs_usage_help(self);
+	else if (want ? *n != want : !*n)
+		*code = ffs_usage_error(self, "%s", what);
+	else
+		return true;
+	return false;
+}
+
 /* ---- verify
  * ------------------------------------------------------------------------------------------------------------ */
 
@@ -71,7 +89,7 @@ static void verify_branch(struct verify *v, const char *path)
 	char size[32];
 	int r;
 
-	ffs_long_action_begin(&a, path);
+	ffs_long_action_begin(&a, path, NULL, NULL);
 	r = ffs_stored_open_dir(path, &s, &err);
 	if (!r)
 		r = ffs_stored_verify(s, &a.progress, &err);
@@ -128,14 +146,11 @@ int ffs_cmd_verify(const struct ffs_command *self, int argc, char **argv)
 	const struct ffs_opt opts[] = {
 		{"mount", 0, FFS_OPT_VALUE, &mount}, {"help", 'h', FFS_OPT_FLAG, &help}, {0}};
 	struct ffs_error err = {0};
-	int n = 0;
+	int n = 0, code;
 
-	if (ffs_opts_parse(opts, argc, argv, &n, &err) < 0)
-		return ffs_usage_error(self, "%s", err.text);
-	if (help)
-		return ffs_usage_help(self);
-	if (!n)
-		return ffs_usage_error(self, "name a branch, NAME/BRANCH or its directory, or a store");
+	if (!take_words(self, opts, &help, argc, argv, 0, "name a branch, NAME/BRANCH or its directory, or a store",
+		    &n, &code))
+		return code;
 	for (int i = 0; i < n; i++) {
 		_cleanup_free_ char *path = NULL;
 		unsigned before = v.branches;
@@ -191,21 +206,18 @@ int ffs_cmd_export(const struct ffs_command *self, int argc, char **argv)
 	struct ffs_stored *s = NULL;
 	struct ffs_error err = {0};
 	struct ffs_long_action a;
-	int n = 0, r;
+	int n = 0, r, code;
 
-	if (ffs_opts_parse(opts, argc, argv, &n, &err) < 0)
-		return ffs_usage_error(self, "%s", err.text);
-	if (help)
-		return ffs_usage_help(self);
-	if (n != 2)
-		return ffs_usage_error(self, "takes a branch, NAME/BRANCH or its directory, and a FILE or -");
+	if (!take_words(self, opts, &help, argc, argv, 2, "takes a branch, NAME/BRANCH or its directory, and a FILE or -",
+		    &n, &code))
+		return code;
 	bool to_stdout = strcmp(argv[1], "-") == 0;
 
 	if (to_stdout && isatty(STDOUT_FILENO))
 		return ffs_usage_error(self, "the stream is not for a terminal: name a FILE, or pipe it");
 	if (find_branch(argv[0], mount, &path, &err) < 0)
 		return ffs_failure(self, &err);
-	ffs_long_action_begin(&a, argv[0]);
+	ffs_long_action_begin(&a, argv[0], NULL, NULL);
 	r = ffs_stored_open_dir(path, &s, &err);
 	if (!r)
 		r = to_stdout ? ffs_stored_export(s, STDOUT_FILENO, &a.progress, &err)
@@ -279,14 +291,11 @@ int ffs_cmd_import(const struct ffs_command *self, int argc, char **argv)
 	struct ffs_target target;
 	struct ffs_error err = {0};
 	struct ffs_long_action a;
-	int n = 0, r;
+	int n = 0, r, code;
 
-	if (ffs_opts_parse(opts, argc, argv, &n, &err) < 0)
-		return ffs_usage_error(self, "%s", err.text);
-	if (help)
-		return ffs_usage_help(self);
-	if (n != 2)
-		return ffs_usage_error(self, "takes a FILE or -, and NAME/BRANCH");
+	if (!take_words(self, opts, &help, argc, argv, 2, "takes a FILE or -, and NAME/BRANCH",
+		    &n, &code))
+		return code;
 	if (ffs_target_parse(argv[1], FFS_TARGET_BRANCH, &target, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
 	if (store && (!ffs_store_kind_parse(store, &kind) || kind == FFS_STORE_MEMORY))
@@ -304,13 +313,126 @@ int ffs_cmd_import(const struct ffs_command *self, int argc, char **argv)
 	if (!r && !store_dir)
 		r = store_of(&t, &dir, &err);
 	if (!r) {
-		ffs_long_action_begin(&a, argv[1]);
+		ffs_long_action_begin(&a, argv[1], NULL, NULL);
 		r = import(file < 0 ? STDIN_FILENO : file, store_dir ? store_dir : dir, &target, kind, &a.progress,
 			&err);
 		ffs_long_action_end(&a);
 	}
 	if (!r && !store_dir)
 		r = tell_daemon(&t, &target, &err);
+	return r < 0 ? ffs_failure(self, &err) : FFS_EXIT_OK;
+}
+
+/* ---- convert
+ * ----------------------------------------------------------------------------------------------------------- */
+
+/* STORE/SANDBOX/BRANCH of a store that no daemon serves. */
+static int convert_directory(const char *path, enum ffs_store_kind kind, struct ffs_store_progress *p,
+	struct ffs_error *err)
+{
+	_cleanup_free_ char *real = realpath(path, NULL), *status = NULL;
+	char *branch = real ? strrchr(real, '/') : NULL, *sandbox;
+	struct ffs_store *st = NULL;
+	int r;
+
+	if (!real)
+		return ffs_error_errno(err, errno, "%s", path);
+	if (asprintf(&status, "%s/status", real) < 0) {
+		status = NULL;
+		return ffs_error_set(err, ENOMEM, "no memory");
+	}
+	*branch++ = '\0';
+	sandbox = strrchr(real, '/');
+	if (!sandbox || sandbox == real || faccessat(AT_FDCWD, status, F_OK, 0) == 0)
+		return ffs_error_set(err, EINVAL,
+			"%s is no branch's directory in a store: a branch of a mount is named NAME/BRANCH", path);
+	*sandbox++ = '\0';
+	r = ffs_store_open(real, &st, err);
+	/* what an earlier one left that was killed would stand in the way */
+	if (!r)
+		r = ffs_store_recover(st, err);
+	if (r == -EBUSY)
+		ffs_error_set(err, EBUSY,
+			"the store %s is served by a forkfs daemon: name the branch %s/%s, so that the daemon converts it", real,
+			sandbox, branch);
+	if (!r)
+		r = ffs_store_convert(st, sandbox, branch, kind, NULL, p, err);
+	ffs_store_close(st);
+	return r;
+}
+
+struct conversion {
+	struct ffs_tree t;
+	struct ffs_target target;
+};
+
+/* How far the daemon is. */
+static void look_at_conversion(void *arg, struct ffs_store_progress *p)
+{
+	struct conversion *c = arg;
+	struct json_object *o = NULL;
+	char path[176];
+
+	snprintf(path, sizeof(path), "%s/branches/%s/status", c->target.sandbox, c->target.branch);
+	if (ffs_tree_json(&c->t, path, &o, NULL) < 0)
+		return;
+	if (*ffs_json_string(o, "converting_to")) {
+		atomic_store(&p->done, ffs_json_u64(o, "converted_bytes"));
+		atomic_store(&p->total, ffs_json_u64(o, "memory_bytes"));
+	}
+	json_object_put(o);
+}
+
+static int convert_served(struct conversion *c, const char *kind, struct ffs_error *err)
+{
+	struct json_object *request = json_object_new_object(), *body = json_object_new_object();
+	char ctl[80];
+	int r;
+
+	json_object_object_add(request, "convert", body);
+	json_object_object_add(body, "name", json_object_new_string(c->target.branch));
+	json_object_object_add(body, "store", json_object_new_string(kind));
+	snprintf(ctl, sizeof(ctl), "%s/ctl", c->target.sandbox);
+	r = ffs_tree_request(&c->t, ctl, request, NULL, err);
+	json_object_put(request);
+	return r;
+}
+
+int ffs_cmd_convert(const struct ffs_command *self, int argc, char **argv)
+{
+	const char *mount = ffs_global_mount, *to = NULL;
+	bool help = false;
+	const struct ffs_opt opts[] = {{"to", 0, FFS_OPT_VALUE, &to}, {"mount", 0, FFS_OPT_VALUE, &mount},
+		{"help", 'h', FFS_OPT_FLAG, &help}, {0}};
+	struct conversion c = {.t = FFS_TREE_INIT};
+	enum ffs_store_kind kind;
+	struct ffs_error err = {0};
+	struct ffs_long_action a;
+	struct stat st;
+	int n = 0, r, code;
+
+	if (!take_words(self, opts, &help, argc, argv, 1, "takes one branch: NAME/BRANCH, or its directory in a store", &n,
+		    &code))
+		return code;
+	if (!to || !ffs_store_kind_parse(to, &kind) || kind == FFS_STORE_MEMORY)
+		return ffs_usage_error(self, "--to is dense or packed%s%s", to ? ", not " : "", to ? to : "");
+	if (stat(argv[0], &st) == 0 && S_ISDIR(st.st_mode)) {
+		ffs_long_action_begin(&a, argv[0], NULL, NULL);
+		r = convert_directory(argv[0], kind, &a.progress, &err);
+		ffs_long_action_end(&a);
+		return r < 0 ? ffs_failure(self, &err) : FFS_EXIT_OK;
+	}
+	if (ffs_target_parse(argv[0], FFS_TARGET_BRANCH, &c.target, &err) < 0)
+		return ffs_usage_error(self, "%s", err.text);
+	r = ffs_tree_open(&c.t, mount, &err);
+	if (!r)
+		r = ffs_tree_check_target(&c.t, &c.target, &err);
+	if (!r) {
+		ffs_long_action_begin(&a, argv[0], look_at_conversion, &c);
+		r = convert_served(&c, to, &err);
+		ffs_long_action_end(&a);
+	}
+	ffs_tree_close(&c.t);
 	return r < 0 ? ffs_failure(self, &err) : FFS_EXIT_OK;
 }
 
@@ -326,14 +448,11 @@ int ffs_cmd_inspect(const struct ffs_command *self, int argc, char **argv)
 	_cleanup_free_ char *path = NULL;
 	struct json_object *o = NULL;
 	struct ffs_error err = {0};
-	int n = 0;
+	int n = 0, code;
 
-	if (ffs_opts_parse(opts, argc, argv, &n, &err) < 0)
-		return ffs_usage_error(self, "%s", err.text);
-	if (help)
-		return ffs_usage_help(self);
-	if (n != 1)
-		return ffs_usage_error(self, "takes one branch: its directory in a store, or NAME/BRANCH");
+	if (!take_words(self, opts, &help, argc, argv, 1, "takes one branch: its directory in a store, or NAME/BRANCH",
+		    &n, &code))
+		return code;
 	if (find_branch(argv[0], mount, &path, &err) < 0 || ffs_store_inspect(path, chunks, &o, &err) < 0)
 		return ffs_failure(self, &err);
 	puts(json_object_to_json_string_ext(o, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE));

@@ -5,12 +5,13 @@
 
 #include <signal.h>
 #include <stdio.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "base/cancel.h"
+#include "base/util.h"
 #include "cli.h"
 
-#define REDRAW_NS 100000000
+#define REDRAW_NS (100 * FFS_NS_PER_MS)
 
 static void draw(struct ffs_long_action *a)
 {
@@ -32,23 +33,32 @@ static void *watch(void *arg)
 	struct ffs_long_action *a = arg;
 	bool bar = isatty(STDERR_FILENO);
 
-	while (!atomic_load(&a->over)) {
-		struct timespec pause = {.tv_nsec = REDRAW_NS};
-
-		nanosleep(&pause, NULL);
+	pthread_mutex_lock(&a->lock);
+	while (!a->over) {
+		/* paces the drawing; the end is signalled */
+		ffs_cancel_wait(NULL, &a->ended, &a->lock, ffs_now_ns() + REDRAW_NS);
 		if (ffs_interrupted())
 			atomic_store(&a->progress.cancel, true);
-		if (bar && !atomic_load(&a->over))
-			draw(a);
+		if (!bar || a->over)
+			continue;
+		pthread_mutex_unlock(&a->lock);
+		if (a->look)
+			a->look(a->arg, &a->progress);
+		draw(a);
+		pthread_mutex_lock(&a->lock);
 	}
+	pthread_mutex_unlock(&a->lock);
 	return NULL;
 }
 
-void ffs_long_action_begin(struct ffs_long_action *a, const char *label)
+void ffs_long_action_begin(struct ffs_long_action *a, const char *label,
+	void (*look)(void *arg, struct ffs_store_progress *p), void *arg)
 {
 	sigset_t all, old;
 
-	*a = (struct ffs_long_action){.label = label};
+	*a = (struct ffs_long_action){.label = label, .look = look, .arg = arg};
+	pthread_mutex_init(&a->lock, NULL);
+	ffs_cond_init(&a->ended);
 	ffs_interrupt_install();
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &old);
@@ -59,9 +69,14 @@ void ffs_long_action_begin(struct ffs_long_action *a, const char *label)
 
 void ffs_long_action_end(struct ffs_long_action *a)
 {
-	atomic_store(&a->over, true);
+	pthread_mutex_lock(&a->lock);
+	a->over = true;
+	pthread_cond_signal(&a->ended);
+	pthread_mutex_unlock(&a->lock);
 	if (a->started)
 		pthread_join(a->thread, NULL);
 	if (a->drawn)
 		fputs("\r\033[K", stderr);
+	pthread_cond_destroy(&a->ended);
+	pthread_mutex_destroy(&a->lock);
 }

@@ -51,6 +51,8 @@ const struct ffs_command ffs_commands[] = {
 	{"export", "NAME/BRANCH FILE|-", "write a branch as one stream", ffs_cmd_export},
 	{"import", "FILE|- NAME/BRANCH [--store dense|packed] [--store-dir DIR]",
 		"read such a stream, check it, and make it a branch", ffs_cmd_import},
+	{"convert", "NAME/BRANCH --to dense|packed", "give a branch of the store the other form, in place",
+		ffs_cmd_convert},
 	{"inspect", "PATH [--chunks]", "decode the files of a branch in a store", ffs_cmd_inspect},
 	{"pager",
 		"(NAME/BRANCH | FILE) SOCKET [-n COUNT] [--owner UID:GID] [--all] [--no-prefetch] [--limit SIZE] "

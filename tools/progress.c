@@ -21,6 +21,7 @@ static void draw(const struct ffs_tree *t, const struct ffs_target *target, cons
 	struct json_object *status = NULL;
 	struct winsize ws = {0};
 	uint64_t done, all;
+	const char *what = "";
 	char a[32], b[32];
 	int width = 30, full;
 
@@ -28,6 +29,11 @@ static void draw(const struct ffs_tree *t, const struct ffs_target *target, cons
 		return;
 	done = ffs_json_u64(status, "captured_bytes");
 	all = ffs_json_u64(status, "memory_bytes");
+	/* captured: from now on it is its way to the store that takes the time */
+	if (done >= all && ffs_json_get(status, "stored_bytes")) {
+		done = ffs_json_u64(status, "stored_bytes");
+		what = ", to the store";
+	}
 	json_object_put(status);
 	if (!all)
 		return;
@@ -36,9 +42,9 @@ static void draw(const struct ffs_tree *t, const struct ffs_target *target, cons
 	if (!ioctl(STDERR_FILENO, TIOCGWINSZ, &ws) && ws.ws_col && ws.ws_col < 100)
 		width = ws.ws_col > 75 ? 20 : 10;
 	full = (int)((double)done / (double)all * width);
-	fprintf(stderr, "\r%.40s/%.40s [%.*s%*s] %3d %%  %s of %s\033[K", target->sandbox, target->branch,
-		full, "##############################", width - full, "", (int)(done * 100.0 / all),
-		ffs_format_bytes(a, done), ffs_format_bytes(b, all));
+	fprintf(stderr, "\r%.40s/%.40s [%.*s%*s] %3d %%  %s of %s%s\033[K", target->sandbox, target->branch, full,
+		"##############################", width - full, "", (int)(done * 100.0 / all), ffs_format_bytes(a, done),
+		ffs_format_bytes(b, all), what);
 	fflush(stderr);
 }
 

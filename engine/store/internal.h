@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <xxhash.h>
 
+#include "base/cancel.h"
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "store/store.h"
@@ -245,7 +246,7 @@ bool ffs_stored_is_memory_file(const struct ffs_file_entry *f);
 
 static inline bool ffs_progress_cancelled(const struct ffs_store_progress *p)
 {
-	return p && atomic_load_explicit(&p->cancel, memory_order_relaxed);
+	return p && (atomic_load_explicit(&p->cancel, memory_order_relaxed) || ffs_cancel_is_set(p->also));
 }
 static inline void ffs_progress_add(struct ffs_store_progress *p, uint64_t n)
 {

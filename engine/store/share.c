@@ -1,5 +1,5 @@
-/* Owns the choice of the branch whose chunks a packed one shares when it is not written by the daemon that took it: an
- * import, a conversion.
+/* Owns the choice of the branch whose chunks a packed one shares when it is not written by the daemon that
+ * took it: an import, a conversion.
  *
  * Threads: the caller's. Opens manifests; waits for the disk. */
 #include "store/internal.h"
@@ -46,7 +46,8 @@ static int look(void *arg, const char *sandbox, const char *name, enum ffs_store
 	return 0;
 }
 
-struct ffs_stored *ffs_store_find_share(struct ffs_store *st, const char *sandbox, const struct ffs_manifest *m)
+struct ffs_stored *ffs_store_find_share(
+	struct ffs_store *st, const char *sandbox, const struct ffs_manifest *m)
 {
 	struct search s = {.st = st, .sandbox = sandbox, .m = m};
 

@@ -421,7 +421,7 @@ static int recover_sandbox(void *arg, int dir, const char *name)
 	return code ? code : ffs_store_reap(r->st, name, NULL);
 }
 
-int ffs_store_lock(struct ffs_store *st, struct ffs_error *err)
+static int lock_store(struct ffs_store *st, struct ffs_error *err)
 {
 	int code;
 
@@ -445,7 +445,7 @@ int ffs_store_lock(struct ffs_store *st, struct ffs_error *err)
 int ffs_store_recover(struct ffs_store *st, struct ffs_error *err)
 {
 	struct recovery r = {.st = st};
-	int code = ffs_store_lock(st, err);
+	int code = lock_store(st, err);
 
 	if (code < 0)
 		return code;

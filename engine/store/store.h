@@ -19,6 +19,7 @@
 #include "base/error.h"
 
 struct json_object;
+struct ffs_cancel;
 struct ffs_store;
 struct ffs_draft;
 struct ffs_stored;
@@ -40,6 +41,7 @@ bool ffs_store_kind_parse(const char *name, enum ffs_store_kind *out);
 struct ffs_store_progress {
 	atomic_ullong done, total; /* bytes */
 	atomic_bool cancel;
+	struct ffs_cancel *also; /* the same wish, of somebody who has such a thing; borrowed, NULL: none */
 };
 
 /* ---- the store
@@ -55,10 +57,8 @@ int ffs_store_fd(const struct ffs_store *st);
 /* What its file system has free for us. */
 int ffs_store_free_bytes(const struct ffs_store *st, uint64_t *out, struct ffs_error *err);
 
-/* Be the only one that serves the store, or changes what it has: a lock that goes with the process. EBUSY names the
- * remedy. */
-int ffs_store_lock(struct ffs_store *st, struct ffs_error *err);
-/* For a daemon that serves the store: lock it, finish what was being removed, and turn each draft that nobody is writing any more into the record of a failed
+/* For who serves the store or changes what it has: be the only one (a lock that goes with the process; EBUSY names the
+ * remedy), finish what was being removed, and turn each draft that nobody is writing any more into the record of a failed
  * branch. */
 int ffs_store_recover(struct ffs_store *st, struct ffs_error *err);
 
@@ -200,7 +200,7 @@ int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const ch
 	enum ffs_store_kind kind, struct ffs_store_progress *p, struct ffs_error *err);
 /* Give a branch the other form, FFS_STORE_DENSE or FFS_STORE_PACKED: 1, or 0 when it has that. Everything is compared
  * with the manifest's hashes; the two forms change places in one step, with the gate held (NULL: none), and the old one
- * is deleted. On failure the old one is as it was. Only for who has locked the store. */
+ * is deleted. On failure the old one is as it was. Only after ffs_store_recover(), which locks the store. */
 int ffs_store_convert(struct ffs_store *st, const char *sandbox, const char *name, enum ffs_store_kind kind,
 	const struct ffs_publish_gate *gate, struct ffs_store_progress *p, struct ffs_error *err);
 /* What the files of a branch's directory hold, as JSON: the packed index decoded, every file with its size;

@@ -1,11 +1,11 @@
 /* What is read from strangers: a manifest, a packed index, an import stream.
  *
- *   -DFUZZ_TARGET=manifest|index|stream   a fuzzer of it (meson option `fuzz`, by clang: tests/README.md says how)
- *   -DFFS_REPLAY                          a plain program: every file of the directories named (corpus/manifest, …) is
- *                                         tried, and those called seed* with every byte changed in turn, and cut short
+ *   -DFUZZ_TARGET=manifest|index|stream   a fuzzer of it (meson option `fuzz`, by clang: tests/README.md says
+ * how) -DFFS_REPLAY                          a plain program: every file of the directories named
+ * (corpus/manifest, …) is tried, and those called seed* with every byte changed in turn, and cut short
  *
- * Each input is tried as it is and with its checksums made right. Whatever the input, nothing may crash, and what was
- * accepted must be usable. */
+ * Each input is tried as it is and with its checksums made right. Whatever the input, nothing may crash, and
+ * what was accepted must be usable. */
 #include "fuzz-store.h"
 
 #include <dirent.h>
@@ -54,7 +54,8 @@ static void try_index(const unsigned char *bytes, size_t len)
 	if (ffs_index_decode(bytes, len, &x, NULL) < 0)
 		return;
 	for (uint64_t i = 0; i < x.n_chunks; i++)
-		if (x.kind[i] != FFS_CHUNK_ZERO && (x.pack[i] >= x.n_packs ||
+		if (x.kind[i] != FFS_CHUNK_ZERO &&
+			(x.pack[i] >= x.n_packs ||
 				(uint64_t)x.offset[i] + x.stored[i] > x.packs[x.pack[i]].size))
 			abort();
 	if (ffs_index_encode(&x, &again, &again_len) < 0 || again_len != len)

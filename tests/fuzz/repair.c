@@ -1,4 +1,5 @@
-/* Makes the checksums of a fuzzer's input right: it would never guess one, and nothing behind them would be looked at.
+/* Makes the checksums of a fuzzer's input right: it would never guess one, and nothing behind them would be
+ * looked at.
  *
  * Nothing here is of the product: what is tested still compares every hash. */
 #include "fuzz-store.h"
@@ -31,7 +32,8 @@ unsigned char *repair_manifest(const unsigned char *in, size_t *len)
 	unsigned char *copy, *digits;
 	char hex[33];
 
-	if (*len < h + 32 + t || memcmp(in + *len - t, tail, t) != 0 || memcmp(in + *len - t - 32 - h, head, h) != 0)
+	if (*len < h + 32 + t || memcmp(in + *len - t, tail, t) != 0 ||
+		memcmp(in + *len - t - 32 - h, head, h) != 0)
 		return NULL;
 	copy = copy_of(in, *len);
 	digits = copy + *len - t - 32;
@@ -58,7 +60,8 @@ unsigned char *repair_index(const unsigned char *in, size_t *len)
 }
 
 /* ---- the stream
- * --------------------------------------------------------------------------------------------------------- */
+ * ---------------------------------------------------------------------------------------------------------
+ */
 
 /* Its records are walked as far as they make sense, and what they hold is hashed. */
 struct walk {
@@ -82,11 +85,12 @@ static void set_hash(struct json_object *o, const char *key, const struct ffs_ha
 /* The data of a record into buf; false: they make no sense. */
 static bool data_of(struct walk *w, const struct ffs_record_head *h)
 {
-	if (h->length > FFS_STORE_BLOCK || h->kind >= FFS_CHUNK_KINDS || (h->kind == FFS_CHUNK_RAW && h->stored != h->length))
+	if (h->length > FFS_STORE_BLOCK || h->kind >= FFS_CHUNK_KINDS ||
+		(h->kind == FFS_CHUNK_RAW && h->stored != h->length))
 		return false;
 	if (h->kind == FFS_CHUNK_LZ4)
-		return LZ4_decompress_safe((const char *)w->at, (char *)w->buf, (int)h->stored, (int)h->length) ==
-		       (int)h->length;
+		return LZ4_decompress_safe((const char *)w->at, (char *)w->buf, (int)h->stored,
+			       (int)h->length) == (int)h->length;
 	if (h->kind == FFS_CHUNK_ZERO)
 		memset(w->buf, 0, h->length);
 	else
@@ -147,10 +151,12 @@ static void fill_manifest(struct walk *w)
 	char hex[33];
 
 	end_file(w);
-	if (!json_object_object_get_ex(w->manifest, "memory", &memory) || !json_object_is_type(memory, json_type_object))
+	if (!json_object_object_get_ex(w->manifest, "memory", &memory) ||
+		!json_object_is_type(memory, json_type_object))
 		return;
 	set_hash(memory, "xxh3_128", &h);
-	if (!json_object_object_get_ex(memory, "blocks_xxh3_128", &list) || !json_object_is_type(list, json_type_array))
+	if (!json_object_object_get_ex(memory, "blocks_xxh3_128", &list) ||
+		!json_object_is_type(list, json_type_array))
 		return;
 	for (unsigned i = 0; i < w->n_blocks && i < json_object_array_length(list); i++) {
 		ffs_hash_hex(&w->blocks[i], hex);
@@ -159,7 +165,8 @@ static void fill_manifest(struct walk *w)
 }
 
 /* Header, the manifest anew, the records as they are, their hash at the end where one belongs. */
-static unsigned char *assemble(const struct walk *w, const unsigned char *in, const unsigned char *records, size_t *len)
+static unsigned char *assemble(
+	const struct walk *w, const unsigned char *in, const unsigned char *records, size_t *len)
 {
 	size_t text_len = 0, rest = (size_t)(w->end - records);
 	unsigned char *out = NULL;
@@ -167,8 +174,10 @@ static unsigned char *assemble(const struct walk *w, const unsigned char *in, co
 
 	if (ffs_manifest_text(w->manifest, &text, &text_len, NULL) < 0)
 		return NULL;
-	struct ffs_record_head h = {
-		.type = FFS_RECORD_MANIFEST, .kind = FFS_CHUNK_RAW, .length = text_len, .stored = (uint32_t)text_len};
+	struct ffs_record_head h = {.type = FFS_RECORD_MANIFEST,
+		.kind = FFS_CHUNK_RAW,
+		.length = text_len,
+		.stored = (uint32_t)text_len};
 	size_t head = FFS_STREAM_HEADER + FFS_RECORD_HEAD, all = head + text_len + rest;
 
 	out = malloc(all + 1);

@@ -55,6 +55,8 @@ WRONG_USAGE = [
     (["import", "f", "x"], "NAME/BRANCH"),
     (["import", "f", "x/b", "--store", "tape"], "tape"),
     (["inspect"], "one branch"),
+    (["convert", "x/b"], "--to"),
+    (["convert", "x/b", "--to", "memory"], "memory"),
     (["help", "nothing"], "nothing"),
     (["version", "x"], "arguments"),
     (["doctor", "x"], "names"),
@@ -69,7 +71,7 @@ def test_usage(case):
         assert part in result.err and not result.out, f"forkfs {words}: {result.err}"
     listed = case.run(case.forkfs(), "help").out
     for command in ("mount", "umount", "attach", "detach", "ls", "status", "branch", "wait", "rm", "restore", "verify",
-                    "export", "import", "inspect", "doctor"):
+                    "export", "import", "convert", "inspect", "doctor"):
         assert f"  {command} " in listed
         assert case.run(case.forkfs(), command, "--help").out.startswith(f"usage: forkfs {command} ")
     assert case.run(case.forkfs(), "version").out.startswith("forkfs ")

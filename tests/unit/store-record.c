@@ -3,7 +3,8 @@
 #include <ftw.h>
 
 /* ---- recording
- * ---------------------------------------------------------------------------------------------------------- */
+ * ----------------------------------------------------------------------------------------------------------
+ */
 
 struct op ops[MAX_OPS];
 unsigned n_ops;
@@ -199,7 +200,8 @@ void forget(void)
 }
 
 /* ---- replaying
- * ---------------------------------------------------------------------------------------------------------- */
+ * ----------------------------------------------------------------------------------------------------------
+ */
 
 char replay_dir[64];
 static char before[64];
@@ -224,7 +226,8 @@ static const char *parent_of(const char *path, char out[300])
 	return out;
 }
 
-/* Is what op i did durable after the first n? The file's content by a sync of it; its name by one of its directory. */
+/* Is what op i did durable after the first n? The file's content by a sync of it; its name by one of its
+ * directory. */
 static bool durable(unsigned i, unsigned n)
 {
 	char want[300];
@@ -240,7 +243,8 @@ static bool durable(unsigned i, unsigned n)
 	return false;
 }
 
-/* Carry out an operation; `part`: only half of a write. What it needs may be missing: then nothing happens. */
+/* Carry out an operation; `part`: only half of a write. What it needs may be missing: then nothing happens.
+ */
 static void apply(const struct op *o, bool part)
 {
 	int dir = open(replay_dir, O_RDONLY | O_DIRECTORY), fd;
@@ -265,7 +269,8 @@ static void apply(const struct op *o, bool part)
 			close(fd);
 		break;
 	case RENAME:
-		(void)!renameat2(dir, o->path, dir, o->to, o->off == FFS_RENAME_EXCHANGE ? RENAME_EXCHANGE : 0);
+		(void)!renameat2(
+			dir, o->path, dir, o->to, o->off == FFS_RENAME_EXCHANGE ? RENAME_EXCHANGE : 0);
 		break;
 	case LINK:
 		(void)!linkat(dir, o->path, dir, o->to, 0);

@@ -3,8 +3,8 @@
 unsigned char *memories[3];
 static int memory_fds[3];
 
-static const char *const ids[] = {"00000000-0000-4000-8000-000000000000", "00000000-0000-4000-8000-000000000001",
-	"00000000-0000-4000-8000-000000000002"};
+static const char *const ids[] = {"00000000-0000-4000-8000-000000000000",
+	"00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002"};
 
 int put(struct ffs_store *st, const char *name, unsigned which, enum ffs_store_kind kind, const char *share)
 {
@@ -150,5 +150,7 @@ int make_memories(void **state)
 		memory_fds[i] = make_memory(SIZE, i ? 5 : 1, &memories[i]);
 	/* 1 is 2 but for a page */
 	memset(memories[1] + 3 * FFS_STORE_CHUNK, 0x5a, 4096);
-	return pwrite(memory_fds[1], memories[1] + 3 * FFS_STORE_CHUNK, 4096, 3 * FFS_STORE_CHUNK) == 4096 ? 0 : -1;
+	return pwrite(memory_fds[1], memories[1] + 3 * FFS_STORE_CHUNK, 4096, 3 * FFS_STORE_CHUNK) == 4096
+		       ? 0
+		       : -1;
 }

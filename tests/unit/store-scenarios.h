@@ -1,5 +1,5 @@
-/* What can be done to a store, and what is to be left of it whatever happens meanwhile: for the tests of crashes and of
- * errors. */
+/* What can be done to a store, and what is to be left of it whatever happens meanwhile: for the tests of
+ * crashes and of errors. */
 #pragma once
 
 #include "store-kit.h"
@@ -10,7 +10,7 @@ struct scenario {
 	const char *name;
 	int (*run)(struct ffs_store *st);
 	unsigned before, after; /* branches, beside b0, which is always there */
-	int dense; /* of all, those that are dense afterwards; -1: whatever */
+	int dense;              /* of all, those that are dense afterwards; -1: whatever */
 };
 extern const struct scenario scenarios[];
 extern const unsigned n_scenarios;

@@ -1,7 +1,8 @@
 /* What a crash leaves of a publish, a rename, a removal, a conversion: the old state or the new one, whole.
  *
- * The store's operations are recorded through its table of operations, and replayed into fresh directories: every
- * prefix, and prefixes from which those operations are missing (or half done) that no sync had made durable by then. */
+ * The store's operations are recorded through its table of operations, and replayed into fresh directories:
+ * every prefix, and prefixes from which those operations are missing (or half done) that no sync had made
+ * durable by then. */
 #include "store-record.h"
 #include "store-scenarios.h"
 
@@ -13,8 +14,10 @@ static void check_replay(const struct scenario *sc, unsigned n)
 	struct seen seen = recover_and_look(path);
 
 	if (seen.branches != sc->before && seen.branches != sc->after)
-		fail_msg("%s: after %u of %u operations there are %u branches", sc->name, n, n_ops, seen.branches);
-	if (n == n_ops && (seen.branches != sc->after || (sc->dense >= 0 && seen.dense != (unsigned)sc->dense)))
+		fail_msg("%s: after %u of %u operations there are %u branches", sc->name, n, n_ops,
+			seen.branches);
+	if (n == n_ops &&
+		(seen.branches != sc->after || (sc->dense >= 0 && seen.dense != (unsigned)sc->dense)))
 		fail_msg("%s: done, and a crash brings the old state back", sc->name);
 }
 
@@ -60,7 +63,8 @@ static void test_every_crash(void **state)
 	assert_true(replays > 1000);
 }
 
-/* A control: the order is what keeps it whole. A publish whose files were never synced is torn by some crash. */
+/* A control: the order is what keeps it whole. A publish whose files were never synced is torn by some crash.
+ */
 static void test_replay_can_tell(void **state)
 {
 	bool torn = false;

@@ -1,12 +1,13 @@
-/* Each operation on a store fails in turn, each read, and the disk is too small by every amount: what was there stays
- * whole, what could not be done is said, and no read ever gives wrong bytes. */
+/* Each operation on a store fails in turn, each read, and the disk is too small by every amount: what was
+ * there stays whole, what could not be done is said, and no read ever gives wrong bytes. */
 #include "store-record.h"
 #include "store-scenarios.h"
 
 #include <sys/mount.h>
 
 /* ---- changes
- * ----------------------------------------------------------------------------------------------------------- */
+ * -----------------------------------------------------------------------------------------------------------
+ */
 
 /* A scenario with one failure in it; false: it has fewer steps. */
 static bool run_failing(const struct scenario *sc, int at, int code, bool reads)
@@ -61,7 +62,8 @@ static void test_every_read_of_a_change(void **state)
 }
 
 /* ---- reading
- * ----------------------------------------------------------------------------------------------------------- */
+ * -----------------------------------------------------------------------------------------------------------
+ */
 
 static struct kit kit;
 static int stream;
@@ -257,7 +259,8 @@ static void test_every_read(void **state)
 }
 
 /* ---- room
- * -------------------------------------------------------------------------------------------------------------- */
+ * --------------------------------------------------------------------------------------------------------------
+ */
 
 /* A file system that is too small, by every amount. */
 static void test_every_size(void **state)

@@ -100,6 +100,7 @@ _forkfs() {
 		branch) options='--live --diff --full --no-wait --max-rate --force --store --key --json --mount --help' ;;
 		detach | wait | rm | verify | export) options='--mount --help' ;;
 		import) options='--store --store-dir --mount --help' ;;
+		convert) options='--to --mount --help' ;;
 		inspect) options='--chunks --mount --help' ;;
 		restore) options='-n --attach --track --paused --accept-torn --trust --as-served --show --vmm --conf --dir --mount --help' ;;
 		pager) options='--children --owner --all --no-prefetch --limit --working-set --mount --help' ;;
@@ -114,7 +115,7 @@ _forkfs() {
 	help) ((words == 0)) && mapfile -t COMPREPLY < <(compgen -W "$commands" -- "$current") ;;
 	mount | umount) ((words == 0)) && mapfile -t COMPREPLY < <(compgen -d -- "$current") ;;
 	detach | ls | branch) ((words == 0)) && _forkfs_sandboxes "$current" ;;
-	export | inspect | pager)
+	export | convert | inspect | pager)
 		if ((words == 0)); then
 			_forkfs_branches "$current"
 		else
