@@ -183,9 +183,6 @@ ssize_t ffs_branch_read_memory(struct ffs_branch *b, void *buf, size_t len, uint
  * the branch, valid as long as it. -EAGAIN while WRITING, -EIO when FAILED, -ENODATA when it shares
  * pages with a parent (ffs_branch_read_memory() has all of them). Holes of it are zero pages. */
 int ffs_branch_memory_fd(struct ffs_branch *b);
-/* The same, owned by the caller, of any READY branch: one that shares pages with a parent is put together in a
- * memfd of its own, which takes time and as much memory as the branch has. */
-int ffs_branch_whole_fd(struct ffs_branch *b, struct ffs_error *err);
 
 /* vmstate is complete when ffs_branch_take() returned. */
 uint64_t ffs_branch_vmstate_size(const struct ffs_branch *b);

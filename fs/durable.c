@@ -196,6 +196,30 @@ static void add_parent(struct json_object *manifest, const struct ffs_stored *sh
 		json_object_object_add(manifest, "parent", json_object_new_string(ffs_stored_id(share)));
 }
 
+static int read_branch(void *arg, void *buf, size_t len, uint64_t off, struct ffs_error *err)
+{
+	struct ffs_branch *b = arg;
+	ssize_t n = ffs_branch_read_memory(b, buf, len, off);
+
+	if (n == (ssize_t)len)
+		return 0;
+	return ffs_error_errno(err, n < 0 ? (int)-n : EIO, "memory of branch %s cannot be read", ffs_branch_id(b));
+}
+
+/* An image is a file; a branch that shares pages with its parent is read page by page, into no memory of ours. */
+static int write_memory(struct ffs_durable *d, struct ffs_stored *share, struct ffs_error *err)
+{
+	struct ffs_shot *s = d->shot;
+	struct ffs_store_source source = {.read = read_branch, .arg = s->branch};
+	int fd = ffs_branch_memory_fd(s->branch);
+
+	if (fd >= 0)
+		return ffs_draft_memory(d->draft, fd, s->memory_size, d->kind, share, &d->progress, err);
+	if (fd != -ENODATA)
+		return ffs_error_errno(err, -fd, "the image of branch %s", ffs_branch_id(s->branch));
+	return ffs_draft_memory_from(d->draft, &source, s->memory_size, d->kind, share, &d->progress, err);
+}
+
 static int write_branch(struct ffs_durable *d, struct ffs_error *err)
 {
 	struct ffs_publish_gate gate = {.enter = gate_enter, .leave = gate_leave, .arg = d};
@@ -203,13 +227,9 @@ static int write_branch(struct ffs_durable *d, struct ffs_error *err)
 	struct ffs_stored *share = d->kind == FFS_STORE_PACKED ? find_share(s) : NULL;
 	struct json_object *manifest = NULL;
 	int r = FFS_FAULT("store-memory");
-	int memory = r < 0 ? r : ffs_branch_whole_fd(s->branch, err);
 
 	if (!r)
-		r = memory < 0 ? memory
-			       : ffs_draft_memory(
-					 d->draft, memory, s->memory_size, d->kind, share, &d->progress, err);
-	ffs_close_fd(&memory);
+		r = write_memory(d, share, err);
 	if (!r)
 		r = FFS_FAULT("store-vmstate");
 	if (!r)

@@ -142,39 +142,6 @@ ssize_t ffs_layer_read(const struct ffs_layer *l, int own, void *buf, size_t len
 	return (ssize_t)done;
 }
 
-#define STEP 65536u
-
-int ffs_branch_whole_fd(struct ffs_branch *b, struct ffs_error *err)
-{
-	int fd = ffs_branch_memory_fd(b);
-
-	if (fd >= 0 && (fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)) < 0)
-		fd = -errno;
-	if (fd >= 0)
-		return fd;
-	if (fd != -ENODATA)
-		return ffs_error_errno(err, -fd, "the image of branch %s", b->id);
-	struct ffs_image img;
-	char buf[STEP];
-
-	ffs_image_init(&img);
-	int e = ffs_image_open(&img, b->geo.memory_size, err);
-
-	for (uint64_t off = 0; e == 0 && off < img.size; off += STEP) {
-		ssize_t n = ffs_branch_read_memory(b, buf, STEP, off);
-
-		e = n < 0 ? (int)n : ffs_is_zero(buf, (size_t)n) ? 0 : ffs_image_write(&img, buf, (size_t)n, off);
-		if (e < 0)
-			ffs_error_errno(err, -e, "branch %s cannot be put together", b->id);
-	}
-	if (e == 0)
-		e = ffs_image_seal(&img, err);
-	if (e == 0)
-		return img.fd;
-	ffs_image_close(&img);
-	return e;
-}
-
 /* ---- the maps ---- */
 
 int ffs_lineage_init(struct ffs_tracker *t, struct ffs_error *err)
