@@ -4,7 +4,7 @@ import errno
 import json
 import os
 
-from forkfs_test import disks, rig
+from forkfs_test import disks, processes, rig
 
 TIMEOUT = {"test_same_instant_xfs": 240}
 
@@ -249,3 +249,31 @@ def test_nothing_is_left(case):
     mount.clear_dead()
     assert sorted(os.listdir(where)) == ["root.img"]
     guest.check_runs(within=10)
+
+
+def test_killed_while_captured(case):
+    """kill -9 of the daemon before, in and after the clone of a disk: the guest runs on, nothing is left, the next daemon's branch is right."""
+    where = disks.filesystem(case, "xfs")
+    guest = journal_guest(case, where)
+    for number, point in enumerate(("disk-prepare", "disk-capture", "disk-seal", "store-vmstate")):
+        mount = case.mount(f"m{number}", options=f"store={where}/store,reattach=off")
+        sandbox = mount.attach(guest, None, "--disk", f"root={guest.disk}")
+        mount.faults(f"{point} kill")
+        try:
+            (sandbox / "branches" / f"b{number}").mkdir()
+        except OSError:
+            pass
+        assert processes.wait_gone(mount.pid, 30), f"the daemon has passed {point}"
+        mount.clear_dead()
+        guest.check_runs(within=10)
+        assert sorted(os.listdir(where)) == ["root.img", "store"], point
+    mount = case.mount("last", options=f"store={where}/store,reattach=off")
+    sandbox = mount.attach(guest, None, "--disk", f"root={guest.disk}")
+    for number in range(4):
+        assert rig.state(sandbox / "branches" / f"b{number}") == "failed"
+        (sandbox / "branches" / f"b{number}").rmdir()
+    branch = take(mount, sandbox, "b")
+    disks.check_branch(case, branch)
+    assert rig.wait_settled(branch) == "ready"
+    disks.check_branch(case, branch)
+    assert sorted(p.name for p in (where / "store" / "sbx1").iterdir()) == ["b"]
