@@ -8,12 +8,14 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import threading
 import time
 
 from forkfs_test import processes, rig
 
 TIMEOUT = {"test_generations": 300, "test_killed_while_written": 300}
+LONG_TIMEOUT = {"test_killed_at_random": 3600}
 MIB = 1 << 20
 
 
@@ -282,44 +284,67 @@ def test_killed_while_written(case):
         mount.attach(r.guest)
 
 
+def start_and_kill(case, mount, moment):
+    """Kill a daemon that has just been started, while it recovers the store."""
+    (case.dir / "early").mkdir(exist_ok=True)
+    with open(case.dir / "early.log", "ab") as log:
+        early = subprocess.Popen([mount.binary, "mount", case.dir / "early", "-f", "-o", f"store={case.dir}/store,reattach=off"], stdout=log, stderr=log)
+    time.sleep(moment)  # the moment itself, not an event that is waited for
+    early.kill()
+    early.wait()
+    processes.unmount_all(str(case.dir / "early"))
+
+
 def test_killed_at_random(case):
-    """kill -9 at random moments of branches, removals and recovery: every branch that is ready is the memory it was."""
+    """kill -9 at random moments of branches, conversions, removals and recovery: every branch that is ready is the memory it was."""
     r = store_rig(case, mib=96, run=["counter", "load,mib=16"])
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
-    chance, mount, known = random.Random(seed), r.mount, {}
-    for i in range(1000 if case.long else 10):
+    chance, mount, known, kills = random.Random(seed), r.mount, {}, 0
+    while kills < (1000 if case.long else 14):
         branches = mount / r.guest.name / "branches"
 
-        def work(rounds=i, where=branches):
+        def work(rounds=kills, where=branches, forkfs=mount):
             for j in range(20):
                 try:
                     os.mkdir(where / f"b{rounds}.{j}")
                     if j % 3 == 2:
                         os.rmdir(where / f"b{rounds}.{j - 1}")
-                except OSError:
-                    return
+                    if j % 3 == 1 and known:
+                        name = random.choice([*known])
+                        rig.request(where.parent / "ctl", convert={"name": name, "store": chance_kinds[j % 2]})
+                except OSError as e:
+                    if e.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.ENOENT):
+                        return
 
+        chance_kinds = chance.sample(("dense", "packed"), 2)
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
-        worker.join(chance.uniform(0, 0.8))
+        worker.join(chance.uniform(0, 0.6))
         mount.kill(signal.SIGKILL)
+        kills += 1
         mount.clear_dead()
         worker.join(30)
         r.guest.check_runs()
-        mount = case.mount(f"after{i}", options=f"store={case.dir}/store,reattach=off,default-store=" + ("packed" if i % 2 else "dense"))
+        for _ in range(chance.randrange(5)):
+            start_and_kill(case, mount, chance.uniform(0, 0.15))
+            kills += 1
+        mount = case.mount(f"after{kills}", options=f"store={case.dir}/store,reattach=off,default-store={chance_kinds[0]}")
         where = mount / r.guest.name / "branches"
         for name in os.listdir(where) if where.exists() else ():
             if rig.state(where / name) == "failed":
                 os.rmdir(where / name)
                 continue
-            seen = digest(where / name / "memory.bin")
+            mount.run("verify", f"{r.guest.name}/{name}")
+            manifest = json.loads((where / name / "manifest.json").read_text())
+            seen = (manifest["id"], manifest["memory"]["xxh3_128"])
             assert known.setdefault(name, seen) == seen, f"{name} has changed"
             if len(known) > 4:
                 os.rmdir(where / name)
                 del known[name]
         mount.attach(r.guest)
     check_clean(case)
+    print(f"{kills} kills")
 
 
 def test_generations(case):

@@ -2,7 +2,7 @@
  * whole.
  *
  * A process of its own writes, renames, removes and converts branches in a loop, and is killed; then the
- * store is recovered, by us or by the next one, which may be killed in it. STORE_KILLS says how often (200).
+ * store is recovered, by us or by the next one, which may be killed in it. STORE_KILLS says how often (120).
  */
 #include "store-scenarios.h"
 
@@ -84,7 +84,7 @@ static void run_and_kill(const char *path)
 static void test_killed(void **state)
 {
 	const char *how_often = getenv("STORE_KILLS");
-	unsigned kills = how_often ? (unsigned)atoi(how_often) : 200, partials = 0, branches = 0;
+	unsigned kills = how_often ? (unsigned)atoi(how_often) : 120, partials = 0, branches = 0;
 	struct kit k;
 
 	chance = (uint32_t)ffs_now_ns();
