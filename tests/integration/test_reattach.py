@@ -13,6 +13,18 @@ GUEST = {"mib": 96, "run": ["counter", "load,mib=32"]}
 WITHIN = 30
 
 
+class GuestRig(rig.Rig):
+    """A guest whose files are known from before it was attached."""
+
+    def __init__(self, case, *attach):  # pylint: disable=super-init-not-called
+        self.case = case
+        self.guest = case.guest(**GUEST).booted()
+        self.fds = self.guest.fds()
+        self.mount = case.mount()
+        self.sandbox = self.mount.attach(self.guest, None, *attach)
+        self.hold, self.truth = case.dir / "hold", case.dir / "truth"
+
+
 def again(r, options=""):
     """The next daemon on the same directory, when it is done with attaching."""
     r.mount = r.case.mount("mnt", options=options)
@@ -65,17 +77,14 @@ def check_gone(r, what, name="sbx1"):
 
 def test_killed_in_capture(case):
     """kill -9 with a capture under way: no protection is left, and the next daemon has the VM back, tracked, with its owner."""
-    r = rig.Rig(case, **GUEST)
-    r.mount.run("detach", "sbx1")
-    fds = r.guest.fds()
-    r.mount.attach(r.guest, None, "--track", "--owner", "1234:1235")
+    r = GuestRig(case, "--track", "--owner", "1234:1235")
     first = attached(r)
     check_identical(r, "b1")
     r.mount.faults("guest-read delay:20")
     branch = r.branch("b2")
     assert rig.state(branch) == "writing" and r.guest.protected()
     kill(r)
-    r.guest.check_free(fds)
+    r.guest.check_free(r.fds)
     r.guest.check_runs()
     again(r)
     status = attached(r)
