@@ -371,7 +371,8 @@ static int prepare_mode(struct take *k, struct ffs_error *err)
 		return e;
 	if (!k->t->track)
 		return ffs_error_set(err, ENOTSUP,
-			"%s is not tracked, so nobody knows what changed: attach it with track to take a diff",
+			"%s is not tracked, so nobody knows what changed: attach it with track to take a "
+			"diff",
 			k->sb->name);
 	if (k->b->heir)
 		return ffs_error_set(err, EAGAIN,
@@ -437,6 +438,10 @@ int ffs_branch_take(struct ffs_sandbox *sb, const struct ffs_branch_options *opt
 		ffs_branch_unref(k.b);
 		ffs_tracker_release_idle(k.t);
 	} else {
+		/* a live one's copier does that; what an earlier release could not let go must not wait for
+		 * the next */
+		if (!live)
+			ffs_tracker_release_idle(k.t);
 		ffs_sandbox_count(sb, k.b);
 		*out = k.b;
 	}

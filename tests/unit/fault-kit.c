@@ -81,6 +81,17 @@ void rules(const char *text)
 	free(copy);
 }
 
+bool rule_struck(void)
+{
+	bool struck = false;
+
+	pthread_mutex_lock(&lock);
+	for (unsigned i = 0; i < n_rules; i++)
+		struck |= rule[i].nth && rule[i].passes >= rule[i].nth;
+	pthread_mutex_unlock(&lock);
+	return struck;
+}
+
 bool wait_held(const char *name, unsigned ms)
 {
 	bool held = false;

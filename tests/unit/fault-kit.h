@@ -11,6 +11,8 @@ bool fault_points_built(void);
 /* Replace the rules: lines of POINT[@N] ACTION, POINT "*" for all of them; ACTION error:ERRNO | delay:MS |
  * hold:NAME. Counts begin anew for every rule. Holds go on until let_go(). */
 void rules(const char *text);
+/* Has the N-th pass of a rule POINT@N come? */
+bool rule_struck(void);
 /* Wait until a thread stands at hold:NAME. */
 bool wait_held(const char *name, unsigned ms);
 /* Let the threads that stand there go on; those that come by later do not stop. */
