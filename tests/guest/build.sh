@@ -64,7 +64,7 @@ if [ ! -d "$out" ]; then
 		ln "$root/init" "$root/bin/$name"
 	done
 	# in the order they are loaded: a module after those it needs
-	for name in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk; do
+	for name in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk virtio_balloon; do
 		module=$(find "$tree/lib/modules" -name "$name.ko*")
 		if [ -n "$module" ]; then
 			cp "$module" "$root/modules/"

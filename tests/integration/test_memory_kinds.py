@@ -1,13 +1,22 @@
-"""Branches of a guest under load are right whatever its memory is made of and whatever the host does with it."""
+"""Branches of a guest under load are right whatever its memory is made of and whatever the host does with it, and go on."""
 
+import ctypes
+import errno
+import fcntl
+import os
 import pathlib
+import subprocess
+import tempfile
+import time
 
 from forkfs_test import case as kit
-from forkfs_test import rig
+from forkfs_test import rig, truth
+from forkfs_test.guest import MIB as BYTES
 
 RUN = ["counter", "load,mib=64,seq=1,random=1"]
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 KSM = pathlib.Path("/sys/kernel/mm/ksm")
+UNPRIVILEGED = pathlib.Path("/proc/sys/vm/unprivileged_userfaultfd")
 THP = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MIB = 192
 
@@ -24,16 +33,43 @@ def borrow(case, path, value):
     case.on_end(lambda: path.write_text(before))
 
 
-def check(case, track=False, **guest):
-    """Live branches, in flight and ready, then a full one; each against its truth, and the guest goes on."""
-    r = rig.Rig(case, mib=MIB, run=RUN, attach=["--track"] if track else (), **guest)
-    for i, mode in enumerate(["live", "live", "live", "full", "live"]):
+def last_tick(guest):
+    """The number that the guest's counter said last."""
+    return int(guest.console.all(r"^tick (\d+)$")[-1][1].group(1))
+
+
+def check_continues(r):
+    """A child of a new branch goes on at the tick at which the parent was."""
+    before = last_tick(r.guest)
+    branch = r.branch("parent")
+    assert rig.wait_settled(branch) == "ready", (branch / "status").read_text()
+    child = r.guest.child("child", branch / "memory.bin", branch / "vmstate")
+    child.go()
+    tick = int(child.console.wait(r"^tick (\d+)$", timeout=30).group(1))
+    child.check_runs(30)
+    child.check_sane()
+    r.guest.check_runs(30)
+    assert before < tick <= last_tick(r.guest), f"the child goes on at tick {tick}, the parent was at {before} before the branch"
+    child.stop()
+    branch.rmdir()
+
+
+def check_modes(r, modes=("live", "live", "live", "full", "live")):
+    """Branches, in flight and ready, each against its truth, and the guest goes on."""
+    for i, mode in enumerate(modes):
         branch = r.branch_with_truth(f"b{i}", mode=mode)
         assert r.difference(branch) == "", f"branch {i} ({mode}) as it is captured"
         assert rig.wait_settled(branch) == "ready", (branch / "status").read_text()
         assert r.difference(branch) == "", f"branch {i} ({mode}), ready"
     r.guest.check_sane()
     r.guest.check_runs()
+
+
+def check(case, track=False, **guest):
+    """Live branches and a full one of such a guest; a child of the next one goes on."""
+    r = rig.Rig(case, mib=MIB, run=RUN, attach=["--track"] if track else (), **guest)
+    check_modes(r)
+    check_continues(r)
     return r
 
 
@@ -64,3 +100,169 @@ def test_transparent_huge_pages(case):
         raise kit.Skip("the kernel has no transparent huge pages")
     borrow(case, THP, "always")
     check(case, backend="ram", track=True)
+
+
+def test_plain_memory(case):
+    """A VM that was given nothing but -m."""
+    check(case, backend="plain")
+
+
+def test_private_file(case):
+    """A private mapping of a file: most pages are the file's until the guest writes them."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="forkfs-test-") as memory:
+        memory.truncate(MIB * BYTES)
+        check(case, memory=memory.name)
+
+
+def check_unprivileged(case, rights):
+    """The VMM has no rights: no capability, another user, and may make no userfaultfd by itself until it is given one."""
+    device = os.open("/dev/userfaultfd", os.O_RDONLY | os.O_CLOEXEC)
+    case.on_end(lambda: os.close(device))
+    fcntl.flock(device, fcntl.LOCK_EX)  # what is lent below is lent to all VMMs of the machine, those of other tests too
+    guest = case.guest(mib=MIB, run=RUN, rights=rights).booted()
+    mount = case.mount()
+    refused = mount.run("attach", "sbx1", "--qemu", guest.qmp_path, check=False)
+    assert refused.code == 1 and "/dev/userfaultfd" in refused.err and "vm.unprivileged_userfaultfd=1" in refused.err, refused.err
+    if rights == "nobody":
+        mode = os.stat("/dev/userfaultfd").st_mode & 0o777
+        os.chmod("/dev/userfaultfd", 0o666)
+        case.on_end(lambda: os.chmod("/dev/userfaultfd", mode))
+    else:
+        borrow(case, UNPRIVILEGED, "1")
+    r = rig.Rig(case, mount=mount, guest=guest)
+    check_modes(r)
+    check_continues(r)
+    status = pathlib.Path(f"/proc/{guest.pid}/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in status if ":" in line)
+    assert fields["Uid"].split()[0] != "0" and int(fields["CapEff"], 16) == 0, fields
+
+
+def test_unprivileged(case):
+    """A VMM that a user without rights has started; the device is lent to everybody."""
+    check_unprivileged(case, "nobody")
+
+
+def test_not_dumpable(case):
+    """A VMM that gave its rights up: nobody but root may look into it. The sysctl lets it."""
+    check_unprivileged(case, "dropped")
+
+
+# ---- memory that is taken away from the VMM
+
+libc = ctypes.CDLL(None, use_errno=True)
+SYS_PROCESS_MADVISE, MADV_PAGEOUT = 440, 21
+
+
+def page_out(guest, offset, size):
+    """Page a part of a guest's memory out, as a host without memory does."""
+    start = guest.hva() + offset
+    pidfd = os.pidfd_open(guest.pid)
+    try:
+        for at in range(start, start + size, 2 * BYTES):  # a call holds the mmap lock of the VMM, and who serves its faults waits for that
+            where = (ctypes.c_size_t * 2)(at, 2 * BYTES)
+            if libc.syscall(SYS_PROCESS_MADVISE, pidfd, where, ctypes.c_size_t(1), MADV_PAGEOUT, 0) < 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "MADV_PAGEOUT")
+    finally:
+        os.close(pidfd)
+
+
+def swapped_out():
+    """Pages that the host has written to swap since it started."""
+    for line in pathlib.Path("/proc/vmstat").read_text().splitlines():
+        if line.startswith("pswpout "):
+            return int(line.split()[1])
+    return 0
+
+
+def swap_on(case, mib):
+    """Swap in compressed memory for the length of the test."""
+    control = pathlib.Path("/sys/class/zram-control")
+    try:
+        number = (control / "hot_add").read_text().strip()
+    except OSError as e:
+        raise kit.Skip(f"no zram to swap to: {e.strerror}") from e
+    case.on_end(lambda: (control / "hot_remove").write_text(number))
+    pathlib.Path(f"/sys/block/zram{number}/disksize").write_text(str(mib * BYTES))
+    case.run("mkswap", f"/dev/zram{number}")
+    case.run("swapon", f"/dev/zram{number}")
+    case.on_end(lambda: subprocess.run(["swapoff", f"/dev/zram{number}"], check=True))
+
+
+def check_swapped(case, **guest):
+    """As check(). Part of the memory is in swap when it is protected, and all of it again and again while it is captured."""
+    swap_on(case, 2 * MIB)
+    r = rig.Rig(case, mib=MIB, run=RUN, **guest)
+    before, part, done = swapped_out(), MIB // 4 * BYTES, 0
+    for i in range(10):
+        # the truth is read in the pause, in half a second: no more than a part may have to come from swap then
+        case.run(*truth.foreign_command(case, r.guest, r.truth))
+        page_out(r.guest, i % 4 * part, part)
+        branch = r.branch_with_truth(f"b{i}", max_rate=MIB * BYTES)
+        while rig.state(branch) == "writing":
+            page_out(r.guest, 0, MIB * BYTES)
+            time.sleep(0.05)
+        said = (branch / "status").read_text()
+        if rig.state(branch) == "ready":
+            assert r.difference(branch) == "", f"branch {i}"
+            done += 1
+        else:  # swap was too slow for 500 ms: no branch, and no harm
+            assert "watchdog" in said, said
+        branch.rmdir()
+        if done == 4:
+            break
+    assert done >= 2, f"{done} of 10 branches came to an end"
+    page_out(r.guest, 0, MIB * BYTES)
+    check_continues(r)
+    assert swapped_out() - before > part // 4096, "hardly anything was paged out"
+
+
+def test_swapped(case):
+    """Shared memory of a host that needs it."""
+    check_swapped(case)
+
+
+def test_swapped_private(case):
+    """Anonymous memory of such a host."""
+    check_swapped(case, backend="ram")
+
+
+def balloon_to(r, mib):
+    """Let the guest keep so much, and wait until it has given back the rest (or got it again)."""
+    r.guest.qmp.execute("balloon", value=mib * BYTES)
+    deadline = time.monotonic() + 60
+    while r.guest.qmp.execute("query-balloon")["actual"] != mib * BYTES:
+        assert time.monotonic() < deadline, r.guest.qmp.execute("query-balloon")
+        time.sleep(0.01)
+
+
+def check_balloon(case, **guest):
+    """A balloon that grows beside a branch ends that branch and nothing else; before and after it they are right."""
+    r = rig.Rig(case, mib=MIB, run=["counter", "load,mib=32,fill=1"], balloon=True, **guest)
+    slow = rig.Making(r.sandbox / "branches" / "slow", max_rate=1 << 20, wait=False)  # in flight until the balloon comes
+    assert slow.finish() is None, slow.error
+    balloon_to(r, MIB - 64)
+    assert rig.wait_settled(slow.path) == "failed"
+    said = (slow.path / "status").read_text()
+    assert "discarded" in said and "balloon" in said, said
+    try:
+        (slow.path / "memory.bin").read_bytes()
+        raise AssertionError("a failed branch can be read")
+    except OSError as e:
+        assert e.errno == errno.EIO, e
+    slow.path.rmdir()
+    check_modes(r, ["live", "full"])
+    balloon_to(r, MIB)
+    branch = r.branch_with_truth("grown")
+    assert r.difference(branch) == ""
+    r.guest.check_sane()
+    r.guest.check_runs()
+
+
+def test_balloon(case):
+    """Shared memory: a hole in the memfd, and MADV_REMOVE."""
+    check_balloon(case)
+
+
+def test_balloon_private(case):
+    """Anonymous memory: MADV_DONTNEED."""
+    check_balloon(case, backend="ram")

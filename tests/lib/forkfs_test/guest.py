@@ -25,9 +25,12 @@ def kit():
     return os.environ["FORKFS_GUEST_KIT"]
 
 
-def accelerator():
+NOBODY = 65534
+
+
+def accelerator(may_kvm=True):
     """KVM only where real hardware support is loaded: other KVMs hang a stock kernel."""
-    hardware = any(os.path.exists(f"/sys/module/{m}") for m in ("kvm_intel", "kvm_amd"))
+    hardware = may_kvm and any(os.path.exists(f"/sys/module/{m}") for m in ("kvm_intel", "kvm_amd"))
     return ["-accel", "kvm", "-cpu", "host"] if hardware else ["-accel", "tcg,thread=multi", "-cpu", "max"]
 
 
@@ -35,19 +38,24 @@ class Guest:
     """A running VM of a test.
 
     machine   microvm or q35; by default a microvm, and q35 where there is a disk (this kernel finds none on a microvm)
-    backend   memfd (shared), hugetlb (shared, 2 MiB pages), ram (private) or file (a child's: private mapping of `memory`)
+    backend   memfd (shared), hugetlb (shared, 2 MiB pages), ram (private), plain (-m alone, private) or file (a private mapping of
+              `memory`: a child's, or any file of that size)
     run       what the guest starts, e.g. ["counter", "load,mib=64"]
     disk      None, "plain" or "iothread"
     image     the file behind the disk, which is there already; by default an empty one in the guest's own directory
     image_format  raw or qcow2
     overlay   the disk's writes go to a temporary file: the image is opened for reading only
+    rights    None (the test's own), "nobody" (started by a user without any) or "dropped" (by root, who becomes one: not dumpable)
+    balloon   the guest gives memory back when it is asked to; on a q35
     Two QMP sockets: `qmp_path` is left to forkfs; `qmp` is the test's own, which also counts events.
     """
 
     def __init__(self, case, name, run=("counter",), machine=None, mib=256, backend="memfd", smp=2, disk=None,
-                 memory=None, stream=None, image=None, image_format="raw", overlay=False):
+                 memory=None, stream=None, image=None, image_format="raw", overlay=False,
+                 rights=None, balloon=False):
         self.case, self.name, self.mib, self.smp = case, name, mib, smp
-        self.machine = machine or ("q35" if disk else "microvm")
+        self.machine = machine or ("q35" if disk or balloon else "microvm")
+        self.rights, self.balloon = rights, balloon
         self.run, self.disk_kind, self.image_format, self.overlay = list(run), disk, image_format, overlay
         self.dir = case.dir / f"vm-{name}"
         self.dir.mkdir()
@@ -57,8 +65,13 @@ class Guest:
         command = self._command(memory)
         if stream:
             command += ["-S", "-incoming", "defer", "-global", "migration.send-configuration=off"]
+        who = {}
+        if rights == "nobody":
+            os.chmod(case.dir, 0o711)
+            os.chown(self.dir, NOBODY, NOBODY)
+            who = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
         with open(self.dir / "stderr", "wb") as errors:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, **who)
         case.on_end(self.stop)
         self.pid = self.process.pid
         self.console = console.Console(self.process.stdout, self.dir / "console")
@@ -81,14 +94,22 @@ class Guest:
         # with ACPI a microvm under TCG has no clock that the kernel can calibrate, and often hangs at boot
         machine = {"microvm": "microvm,acpi=off", "q35": "q35"}[self.machine]
         kernel = kit()
-        command = ["qemu-system-x86_64", "-M", f"{machine},memory-backend=ram0",
-                   "-object", objects[self.backend], "-m", size, "-smp", str(self.smp), *accelerator(),
+        if self.rights == "nobody":  # who cannot look into root's home
+            kernel = shutil.copytree(kernel, self.dir / "kit")
+        memory_options = ["-M", machine]
+        if self.backend != "plain":
+            memory_options = ["-M", f"{machine},memory-backend=ram0", "-object", objects[self.backend]]
+        command = ["qemu-system-x86_64", *memory_options, "-m", size, "-smp", str(self.smp), *accelerator(not self.rights),
                    "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                    "-chardev", "stdio,id=con,signal=off", "-serial", "chardev:con",
                    "-qmp", f"unix:{self.qmp_path},server=on,wait=off",
                    "-qmp", f"unix:{self.dir}/tests,server=on,wait=off",
                    "-kernel", f"{kernel}/vmlinuz", "-initrd", f"{kernel}/initrd",
                    "-append", "console=ttyS0 quiet panic=-1 " + " ".join(f"run={r}" for r in self.run)]
+        if self.rights == "dropped":
+            command += ["-runas", "nobody"]
+        if self.balloon:
+            command += ["-device", "virtio-balloon-pci"]
         if self.disk_kind:
             if not self.disk:
                 self.disk = self.dir / "disk.img"

@@ -96,9 +96,9 @@ class Rig:
 
     instant = INSTANT
 
-    def __init__(self, case, mount=None, options="", attach=(), **guest):
+    def __init__(self, case, mount=None, options="", attach=(), guest=None, **vm):
         self.case = case
-        self.guest = case.guest(**guest).booted()
+        self.guest = guest or case.guest(**vm).booted()
         self.mount = mount or case.mount(options=options)
         self.sandbox = self.mount.attach(self.guest, None, *attach)
         self.hold = case.dir / "hold"
