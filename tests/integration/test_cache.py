@@ -46,6 +46,15 @@ def wait_gone(path):
     raise AssertionError(f"{path} is still there")
 
 
+def wait_no_images(mount):
+    """Wait until no image is left in memory."""
+    for _ in range(3000):
+        if metric(mount, "image_bytes") == 0:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"images still take {metric(mount, 'image_bytes')} bytes")
+
+
 def test_one_winner(case):
     """Ten ask for a key at once: the guest is stopped once, all have that branch; so has who asks later."""
     r = rig.Rig(case, mib=128)
@@ -168,6 +177,7 @@ def test_stored(case):
     sandbox = mount.attach(guest)
     first = ask(sandbox, key="a", wait=True)["branch"]
     assert first["store"] == "dense" and first["state"] == "ready", first
+    wait_no_images(mount)  # from memory to the store: nobody has it open
     os.rename(sandbox / "branches" / ask(sandbox, key="b", wait=True)["branch"]["name"], sandbox / "branches" / "mine")
     mount.stop()
     again = case.mount(options=f"store={store},cache-store=200M")
