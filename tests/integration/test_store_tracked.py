@@ -40,8 +40,9 @@ def test_whole_in_the_store(case):
     for name, how in (("live-dense", {"mode": "live", "store": "dense"}), ("diff-packed", {"mode": "diff", "store": "packed"}),
                       ("live-packed", {"mode": "live", "store": "packed"}), ("diff-dense", {"mode": "diff", "store": "dense"})):
         branch = r.branch_with_truth(name, **how)
-        assert r.difference(branch) == "", f"{name}, in flight"
         opened = open(branch / "memory.bin", "rb")  # the image, as long as it is open
+        in_memory = rig.state(branch) == "writing"  # unless it is in the store already
+        assert r.difference(branch) == "", f"{name}, in flight"
         assert rig.wait_settled(branch) == "ready", (branch / "status").read_text()
         assert r.difference(branch) == "", f"{name}, stored"
         manifest = json.loads((branch / "manifest.json").read_text())
@@ -49,7 +50,7 @@ def test_whole_in_the_store(case):
         assert said["store"] == manifest["store"]["kind"] == how["store"], said
         if not rig.revoked(r):
             assert manifest["parent"] == told(parent)["id"], (name, manifest["parent"])
-            assert image_bytes(r.mount) > kept, f"{name}: an image that is open does not count"
+            assert not in_memory or image_bytes(r.mount) > kept, f"{name}: an image that is open does not count"
         kept_truth = case.dir / f"truth-{name}"
         os.rename(r.truth, kept_truth)
         truths[name], ids[name] = kept_truth, said["id"]
