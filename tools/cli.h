@@ -53,6 +53,8 @@ extern const char *ffs_global_mount;
 int ffs_usage_error(const struct ffs_command *self, const char *fmt, ...) FFS_PRINTF(2, 3);
 /* Usage and one line of help on stdout; returns FFS_EXIT_OK. */
 int ffs_usage_help(const struct ffs_command *self);
+/* "forkfs CMD: sentence" on stderr, and nothing else: also from a thread of a command. */
+void ffs_print_failure(const struct ffs_command *self, const struct ffs_error *err);
 /* "forkfs CMD: sentence" on stderr; returns FFS_EXIT_FAILURE. When a signal asked us to end, ends by that
  * signal instead. */
 int ffs_failure(const struct ffs_command *self, const struct ffs_error *err);

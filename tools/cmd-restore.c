@@ -2,7 +2,8 @@
  *
  * Threads: the main thread looks at the branch, makes the plan, and then waits for its workers and for signals; each
  * worker starts one child after the other. `lock` is for what they share: the number of the next child, the list of
- * children, who of them is ready, stdout and stderr. Nothing waits with it held but the start of a process. */
+ * children, who of them is ready, stdout and stderr. What waits with it held is the start of a process, and the end of
+ * one that was killed. */
 #include "cli.h"
 
 #include <errno.h>
@@ -252,7 +253,7 @@ static void *work(void *arg)
 			struct ffs_error shown = err;
 
 			ffs_error_prefix(&shown, "child %u", c->number);
-			ffs_failure(h->self, &shown);
+			ffs_print_failure(h->self, &shown);
 			h->failed++;
 		}
 		if (got < 0)

@@ -113,13 +113,18 @@ int ffs_usage_help(const struct ffs_command *self)
 	return ffs_finish_output(self);
 }
 
+void ffs_print_failure(const struct ffs_command *self, const struct ffs_error *err)
+{
+	fprintf(stderr, "forkfs %s: ", self->name);
+	print_safe(stderr, err->code ? err->text : "failed without a reason");
+	fputc('\n', stderr);
+}
+
 int ffs_failure(const struct ffs_command *self, const struct ffs_error *err)
 {
 	if (ffs_interrupted())
 		ffs_interrupt_exit();
-	fprintf(stderr, "forkfs %s: ", self->name);
-	print_safe(stderr, err->code ? err->text : "failed without a reason");
-	fputc('\n', stderr);
+	ffs_print_failure(self, err);
 	return FFS_EXIT_FAILURE;
 }
 
