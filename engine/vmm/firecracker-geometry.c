@@ -2,7 +2,8 @@
  * by the driver's caller, outside any pause.
  *
  * Regions by size (arch/x86_64 arch_memory_regions): [0, 3 GiB), [4 GiB, 256 GiB), [512 GiB, …), packed in
- * that order in a memory file. A mapping need not be a region: the kernel merges neighbours, also a region
+ * that order in a memory file; the low one was [0, 3.25 GiB) before 1.13, and still is in a VM that was restored
+ * from such a snapshot. A mapping need not be a region: the kernel merges neighbours, also a region
  * with the allocator's arena behind it, and the high region may lie below the low one. So the low region is
  * found by what Firecracker puts into it, the ACPI RSDP at 0xe0000 (since 1.8) or the MP table at 0x9fc00, in
  * mappings that are large enough; a region is aligned to 2 MiB (HEAD), or begins with its mapping (guard
@@ -24,6 +25,8 @@
 
 #define GIB (1ull << 30)
 #define STEP (2ull << 20)
+#define LOW (3 * GIB)
+#define EARLY_LOW (4 * GIB - (768ull << 20))
 #define MAX_SPANS 256
 #define MAX_MIB (1022ull << 10) /* Firecracker's own limit */
 #define RSDP 0xe0000ull
@@ -239,14 +242,16 @@ static int check_devices(struct ffs_api *d, struct ffs_error *err)
 	return r;
 }
 
-static int fill(struct search *k, struct ffs_geometry *geo, uint64_t size, struct ffs_error *err)
+static int fill(
+	struct search *k, struct ffs_geometry *geo, uint64_t size, uint64_t low_size, struct ffs_error *err)
 {
-	static const struct {
+	const struct {
 		uint64_t gpa, size;
 		const char *name;
-	} parts[] = {{0, 3 * GIB, "low"}, {4 * GIB, 252 * GIB, "high"}};
+	} parts[] = {{0, low_size, "low"}, {4 * GIB, 252 * GIB, "high"}};
 	struct place p;
 
+	memset(geo, 0, sizeof(*geo));
 	for (unsigned i = 0; size; i++) {
 		if (i == FFS_ARRAY_LEN(parts))
 			return ffs_error_set(err, ENOTSUP,
@@ -271,6 +276,20 @@ static int fill(struct search *k, struct ffs_geometry *geo, uint64_t size, struc
 	return 0;
 }
 
+/* As its version has it, else as the other versions do. */
+static int fill_by_version(struct search *k, struct ffs_geometry *geo, uint64_t size, struct ffs_error *err)
+{
+	unsigned major = 0, minor = 0;
+	bool early = sscanf(k->d->version, "%u.%u", &major, &minor) == 2 && major == 1 && minor < 13;
+	uint64_t low = early ? EARLY_LOW : LOW, other = early ? LOW : EARLY_LOW;
+	struct ffs_error first = {0};
+	int r = fill(k, geo, size, low, &first);
+
+	if (r == -ENOTSUP && size > LOW && fill(k, geo, size, other, NULL) == 0)
+		return 0;
+	return r < 0 ? ffs_error_set(err, first.code, "%s", first.text) : 0;
+}
+
 int ffs_fc_geometry(struct ffs_vmm *vmm, struct ffs_geometry *out, struct ffs_error *err)
 {
 	struct ffs_api *d = ffs_api_of(vmm);
@@ -292,7 +311,7 @@ int ffs_fc_geometry(struct ffs_vmm *vmm, struct ffs_geometry *out, struct ffs_er
 	if (!r)
 		r = read_spans(k, err);
 	if (!r)
-		r = fill(k, geo, size, err);
+		r = fill_by_version(k, geo, size, err);
 	if (!r && !ffs_proc_alive(vmm->proc))
 		r = ffs_error_set(err, ESRCH, "Firecracker %d has exited", (int)vmm->proc.pid);
 	if (!r)
