@@ -3,7 +3,8 @@
  * that happens.
  *
  * Threads: the pager's. SIGTERM, SIGINT and SIGHUP: every VM gets all its pages, then it ends. SIGUSR1: the
- * VMs have started, what they touched is the working set. */
+ * VMs have started, what they touched is the working set. SIGUSR2: no more will come, it ends with the last.
+ */
 #include "cli.h"
 
 #include <errno.h>
@@ -13,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
@@ -35,15 +37,26 @@ static void on_ready(int sig)
 	ffs_pager_ready(pager);
 }
 
-static void install(void)
+static void on_last(int sig)
+{
+	ffs_pager_last(pager);
+}
+
+/* `parent`: whose end is waited for; 0: nobody's. */
+static void install(pid_t parent)
 {
 	static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
 	struct sigaction stop = {.sa_handler = on_stop, .sa_flags = SA_RESTART};
+	struct sigaction last = {.sa_handler = on_last, .sa_flags = SA_RESTART};
 	struct sigaction ready = {.sa_handler = on_ready, .sa_flags = SA_RESTART};
 
 	for (unsigned i = 0; i < sizeof(signals) / sizeof(*signals); i++)
 		sigaction(signals[i], &stop, NULL);
 	sigaction(SIGUSR1, &ready, NULL);
+	sigaction(SIGUSR2, &last, NULL);
+	/* it may have ended before the kernel knew that we want to be told */
+	if (parent && (prctl(PR_SET_PDEATHSIG, SIGUSR2) < 0 || getppid() != parent))
+		on_last(SIGUSR2);
 	signal(SIGPIPE, SIG_IGN); /* who reads our lines may go */
 }
 
@@ -116,15 +129,16 @@ int ffs_cmd_pager(const struct ffs_command *self, int argc, char **argv)
 	const char *mount = ffs_global_mount, *owner = NULL, *children = NULL, *limit = NULL, *set = NULL;
 	struct ffs_pager_options opt = {
 		.uid = geteuid(), .gid = getegid(), .limit = DEFAULT_LIMIT, .report = report};
-	bool help = false;
+	bool help = false, with_parent = false;
 	const struct ffs_opt opts[] = {{"mount", 0, FFS_OPT_VALUE, &mount},
 		{"owner", 0, FFS_OPT_VALUE, &owner}, {"children", 'n', FFS_OPT_VALUE, &children},
 		{"all", 0, FFS_OPT_FLAG, &opt.all}, {"no-prefetch", 0, FFS_OPT_FLAG, &opt.no_prefetch},
 		{"limit", 0, FFS_OPT_VALUE, &limit}, {"working-set", 0, FFS_OPT_VALUE, &set},
-		{"help", 'h', FFS_OPT_FLAG, &help}, {0}};
+		{"with-parent", 0, FFS_OPT_FLAG, &with_parent}, {"help", 'h', FFS_OPT_FLAG, &help}, {0}};
 	_cleanup_free_ char *memory = NULL;
 	_cleanup_free_ char *working_set = NULL;
 	struct ffs_error err = {0};
+	pid_t parent = getppid();
 	int n = 0, r, count = 0;
 
 	if (ffs_opts_parse(opts, argc, argv, &n, &err) < 0)
@@ -149,7 +163,7 @@ int ffs_cmd_pager(const struct ffs_command *self, int argc, char **argv)
 	opt.socket = argv[1];
 	if (ffs_pager_new(&opt, &pager, &err) < 0)
 		return ffs_failure(self, &err);
-	install();
+	install(with_parent ? parent : 0);
 	printf("{\"event\":\"listens\",\"pid\":%d}\n", (int)getpid());
 	r = fflush(stdout) ? ffs_error_errno(&err, errno, "the output could not be written") : 0;
 	if (!r)

@@ -25,11 +25,12 @@
 #define MAX_CHILDREN 4096
 #define DIR_DEFAULT "/run/forkfs/children"
 
-const struct ffs_restore_ops *const ffs_restore_kinds[] = {&ffs_restore_qemu, &ffs_restore_coop, NULL};
+const struct ffs_restore_ops *const ffs_restore_kinds[] = {&ffs_restore_qemu, &ffs_restore_coop,
+	&ffs_restore_firecracker, NULL};
 
 struct restore_args {
-	const char *count, *vmm, *conf, *dir, *attach, *mount;
-	bool paused, trust, torn, show, track, as_served, help;
+	const char *count, *vmm, *conf, *dir, *attach, *mount, *backend;
+	bool paused, trust, torn, show, track, as_served, no_prefetch, help;
 	unsigned n;
 };
 
@@ -143,6 +144,8 @@ static int prepare(struct ffs_restore *r, const struct restore_args *a, struct f
 		if (!r->conf.binary)
 			got = ffs_error_errno(err, errno, "--vmm %s", a->vmm);
 	}
+	if (!got && r->backend && r->ops != &ffs_restore_firecracker)
+		got = ffs_error_set(err, EINVAL, "--backend is for Firecracker's children; the branch is of a %s", r->ops->kind);
 	if (!got)
 		got = r->ops->plan(r, err);
 	return got;
@@ -365,6 +368,11 @@ static int show(const struct ffs_command *self, struct ffs_restore *r)
 	return ffs_finish_output(self);
 }
 
+static bool is_uffd(const struct restore_args *a)
+{
+	return a->backend && !strcmp(a->backend, "uffd");
+}
+
 static int restore(const struct ffs_command *self, struct ffs_restore *r, const struct restore_args *a)
 {
 	struct herd h = {.self = self, .r = r, .a = a, .lock = PTHREAD_MUTEX_INITIALIZER, .next = 1};
@@ -379,7 +387,9 @@ static int restore(const struct ffs_command *self, struct ffs_restore *r, const 
 	if (!got && a->attach)
 		r->writing = false;
 	if (!got)
-		got = ffs_restore_image(r, a->as_served, &err);
+		got = ffs_restore_image(r, a->as_served || is_uffd(a), &err); /* served memory is not mapped */
+	if (!got && r->ops->begin)
+		got = r->ops->begin(r, a->dir ? a->dir : DIR_DEFAULT, &err);
 	if (!got)
 		got = start_all(&h, &err);
 	if (got < 0)
@@ -418,6 +428,11 @@ static int check_args(struct restore_args *a, struct ffs_error *err)
 		got = ffs_error_set(err, EINVAL, "--attach and --paused exclude each other");
 	if (!got && a->track && !a->attach)
 		got = ffs_error_set(err, EINVAL, "--track goes with --attach");
+	if (!got && a->backend && strcmp(a->backend, "file") && strcmp(a->backend, "uffd"))
+		got = ffs_error_set(err, EINVAL, "--backend is file or uffd, not '%.40s'", a->backend);
+	if (!got && a->attach && is_uffd(a))
+		got = ffs_error_set(err, EINVAL,
+			"--attach and --backend uffd exclude each other: memory that a pager serves cannot be branched");
 	if (!got && a->dir && a->dir[0] != '/')
 		got = ffs_error_set(err, EINVAL, "--dir is an absolute path");
 	return got;
@@ -434,6 +449,8 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		{"attach", 0, FFS_OPT_VALUE, &a.attach},
 		{"track", 0, FFS_OPT_FLAG, &a.track},
 		{"paused", 0, FFS_OPT_FLAG, &a.paused},
+		{"backend", 0, FFS_OPT_VALUE, &a.backend},
+		{"no-prefetch", 0, FFS_OPT_FLAG, &a.no_prefetch},
 		{"accept-torn", 0, FFS_OPT_FLAG, &a.torn},
 		{"trust", 0, FFS_OPT_FLAG, &a.trust},
 		{"as-served", 0, FFS_OPT_FLAG, &a.as_served},
@@ -460,6 +477,8 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		return ffs_usage_error(self, "%s", err.text);
 	r.trust = a.trust;
 	r.paused = a.paused;
+	r.backend = a.backend;
+	r.no_prefetch = a.no_prefetch;
 	if (own < argc) {
 		r.user_arg = (const char *const *)argv + own + 1;
 		r.n_user_args = (unsigned)(argc - own - 1);

@@ -43,7 +43,7 @@ const struct ffs_command ffs_commands[] = {
 	{"rm", "NAME/BRANCH…", "remove branches; who has one open goes on reading it", ffs_cmd_rm},
 	{"restore",
 		"NAME/BRANCH [-n COUNT] [--attach NAME [--track]] [--paused] [--accept-torn] [--trust] [--as-served] [--show] "
-		"[--vmm BINARY] [--conf FILE] [--dir DIR] [-- VMM ARGS…]",
+		"[--vmm BINARY] [--conf FILE] [--dir DIR] [--backend file|uffd [--no-prefetch]] [-- VMM ARGS…]",
 		"start VMs that go on where the branch was taken; a line of JSON for each", ffs_cmd_restore},
 	{"verify", "PATH…",
 		"read all of a branch, or of a store, and name the first byte that is not as written",
@@ -56,7 +56,7 @@ const struct ffs_command ffs_commands[] = {
 	{"inspect", "PATH [--chunks]", "decode the files of a branch in a store", ffs_cmd_inspect},
 	{"pager",
 		"(NAME/BRANCH | FILE) SOCKET [-n COUNT] [--owner UID:GID] [--all] [--no-prefetch] [--limit SIZE] "
-		"[--working-set FILE]",
+		"[--working-set FILE] [--with-parent]",
 		"serve a branch's memory to VMMs that are restored with the Uffd backend", ffs_cmd_pager},
 	{"doctor", "[--json]", "test what this machine can do, line by line, with the remedy",
 		ffs_cmd_doctor},

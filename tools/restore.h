@@ -4,6 +4,7 @@
  *   restore-image.c      what its children map
  *   restore-conf.c       which program, with which options of the host (/etc/forkfs/vmm.d)
  *   restore-qemu*.c      kind qemu            restore-api.c   kind coop, and what VMMs with an HTTP API share
+ *   restore-firecracker.c   kind firecracker
  *
  * A kind is a table of operations (struct ffs_restore_ops), a line in ffs_restore_kinds[]. Nothing that a branch's
  * manifest says is believed: it was written by a VMM, or by a stranger. */
@@ -63,7 +64,8 @@ struct ffs_restore {
 	struct json_object *vmm;    /* in it: kind, version, command_line, … ; untrusted */
 	uint64_t memory_size;
 	bool writing;                /* its capture is still going on */
-	bool trust, paused, imported;
+	bool trust, paused, imported, no_prefetch;
+	const char *backend;         /* --backend: "file", "uffd"; NULL: not said. Of the kind firecracker only */
 	struct ffs_restore_conf conf;
 	const char *const *user_arg; /* what came after -- */
 	unsigned n_user_args;
@@ -135,6 +137,9 @@ struct ffs_restore_ops {
 	const char *kind; /* as the manifest's vmm.kind, and key of an attach request */
 	/* Once, before anything is started: all that can be refused is refused here. */
 	int (*plan)(struct ffs_restore *r, struct ffs_error *err);
+	/* Once, by the main thread, when children will be started: what they share. `dir` is where their directories
+	 * are made. NULL: nothing. */
+	int (*begin)(struct ffs_restore *r, const char *dir, struct ffs_error *err);
 	/* The command line of one child, which has its directory and its descriptors. Any thread from here on. */
 	int (*command)(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err);
 	/* Further variables of its environment. */
@@ -145,10 +150,10 @@ struct ffs_restore_ops {
 	int (*run)(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
 	/* Nothing of it goes on after this; c->control is closed. Also after a failure. */
 	void (*let_go)(struct ffs_restore *r, struct ffs_child *c);
-	void (*end)(struct ffs_restore *r); /* free r->plan */
+	void (*end)(struct ffs_restore *r); /* the children have started, or have not; free r->plan */
 };
 
-extern const struct ffs_restore_ops ffs_restore_qemu, ffs_restore_coop;
+extern const struct ffs_restore_ops ffs_restore_qemu, ffs_restore_coop, ffs_restore_firecracker;
 extern const struct ffs_restore_ops *const ffs_restore_kinds[]; /* ends with NULL */
 
 /* A file of the branch, read-only; the caller's. -errno with the tree's own sentence. */

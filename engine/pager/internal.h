@@ -43,9 +43,9 @@ struct ffs_pager {
 	struct ffs_pager_options opt;
 	struct ffs_guard guard;
 	int listening;
-	int stop, ready,
+	int stop, ready, last,
 		changed; /* eventfds: see ffs_pager_stop() and _ready(); a thread has come to its end */
-	bool bound;
+	bool bound, no_more;
 	pthread_mutex_t lock; /* all below, but for n_alive and saved, which are of the thread that accepts */
 	struct ffs_child *children;
 	unsigned n_alive, n_over;

@@ -285,7 +285,7 @@ static int drain(int fd)
 static bool is_done(struct ffs_pager *p)
 {
 	pthread_mutex_lock(&p->lock);
-	bool done = p->opt.children && p->n_over >= p->opt.children;
+	bool done = (p->opt.children && p->n_over >= p->opt.children) || (p->no_more && !p->n_alive);
 
 	pthread_mutex_unlock(&p->lock);
 	return done;
@@ -313,14 +313,15 @@ static int on_guard(struct ffs_pager *p, bool *last, struct ffs_error *err)
 /* Until told to stop, and then until the last VM is over: `closing`. */
 static int serve(struct ffs_pager *p, bool closing, struct ffs_error *err)
 {
-	enum { GUARD, STOP, READY, CHANGED };
+	enum { GUARD, STOP, READY, CHANGED, LAST };
 	bool last = false;
 
 	while (closing ? p->n_alive || !last : !is_done(p)) {
 		struct pollfd f[] = {[GUARD] = {.fd = p->guard.sock, .events = POLLIN},
 			[STOP] = {.fd = closing ? -1 : p->stop, .events = POLLIN},
 			[READY] = {.fd = p->ready, .events = POLLIN},
-			[CHANGED] = {.fd = p->changed, .events = POLLIN}};
+			[CHANGED] = {.fd = p->changed, .events = POLLIN},
+			[LAST] = {.fd = p->no_more ? -1 : p->last, .events = POLLIN}};
 		int r = 0;
 
 		if (poll(f, FFS_ARRAY_LEN(f), -1) < 0 && errno != EINTR)
@@ -329,6 +330,8 @@ static int serve(struct ffs_pager *p, bool closing, struct ffs_error *err)
 			return 0;
 		if (f[READY].revents && !(r = drain(p->ready)))
 			save_working_set(p);
+		if (f[LAST].revents && !f[GUARD].revents)
+			p->no_more = true; /* whoever connects after all gets all its pages at the end */
 		if (f[CHANGED].revents && !r && !(r = drain(p->changed)))
 			reap(p);
 		if (r < 0)
@@ -393,6 +396,11 @@ void ffs_pager_ready(struct ffs_pager *p)
 	signal_fd(p->ready);
 }
 
+void ffs_pager_last(struct ffs_pager *p)
+{
+	signal_fd(p->last);
+}
+
 /* ---- beginning and end ------------------------------------------------------------------------- */
 
 static int listen_at(struct ffs_pager *p, struct ffs_error *err)
@@ -438,7 +446,7 @@ int ffs_pager_new(const struct ffs_pager_options *opt, struct ffs_pager **out, s
 	if (!p)
 		return ffs_error_set(err, ENOMEM, "no memory for a pager");
 	p->opt = *opt;
-	p->listening = p->stop = p->ready = p->changed = p->guard.sock = -1;
+	p->listening = p->stop = p->ready = p->changed = p->last = p->guard.sock = -1;
 	pthread_mutex_init(&p->lock, NULL);
 	/* no core file of a guest's memory, and none that keeps its VMM waiting while it is written */
 	int r = prctl(PR_SET_DUMPABLE, 0) < 0 ? ffs_error_errno(err, errno, "PR_SET_DUMPABLE") : 0;
@@ -451,7 +459,8 @@ int ffs_pager_new(const struct ffs_pager_options *opt, struct ffs_pager **out, s
 		p->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 		p->ready = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 		p->changed = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-		if (p->stop < 0 || p->ready < 0 || p->changed < 0)
+		p->last = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		if (p->stop < 0 || p->ready < 0 || p->changed < 0 || p->last < 0)
 			r = ffs_error_errno(err, errno, "make an eventfd");
 	}
 	if (!r)
@@ -477,6 +486,7 @@ void ffs_pager_free(struct ffs_pager *p)
 	ffs_close_fd(&p->stop);
 	ffs_close_fd(&p->ready);
 	ffs_close_fd(&p->changed);
+	ffs_close_fd(&p->last);
 	ffs_working_set_free(&p->set);
 	free(p->recorded);
 	pthread_mutex_destroy(&p->lock);

@@ -54,4 +54,6 @@ int ffs_pager_run(struct ffs_pager *p, struct ffs_error *err);
  * ready: the VMMs have started; what they touched so far is the working set. */
 void ffs_pager_stop(struct ffs_pager *p);
 void ffs_pager_ready(struct ffs_pager *p);
+/* The same: no more VMMs will come, run returns when the last that is there has gone. */
+void ffs_pager_last(struct ffs_pager *p);
 void ffs_pager_free(struct ffs_pager *p);

@@ -401,6 +401,19 @@ static bool has_device(struct json_object *config, const char *key)
 	return json_object_object_get_ex(config, key, &v) && json_object_is_type(v, json_type_object);
 }
 
+static unsigned count_writable_drives(struct json_object *config)
+{
+	struct json_object *drives, *v;
+	unsigned n = 0;
+
+	if (!json_object_object_get_ex(config, "drives", &drives) || !json_object_is_type(drives, json_type_array))
+		return 0;
+	for (size_t i = 0; i < json_object_array_length(drives); i++)
+		n += !json_object_object_get_ex(json_object_array_get_idx(drives, i), "is_read_only", &v) ||
+		     !json_object_get_boolean(v);
+	return n;
+}
+
 /* Who answers, and what the VM is made of. A VMM that has only the requests that are needed is served too. */
 static int learn(struct ffs_api *d, uint64_t deadline_ns, struct ffs_error *err)
 {
@@ -424,6 +437,7 @@ static int learn(struct ffs_api *d, uint64_t deadline_ns, struct ffs_error *err)
 	if (!r && config) {
 		d->vsock = has_device(config, "vsock");
 		d->balloon = has_device(config, "balloon");
+		d->writable_drives = count_writable_drives(config);
 		json_object_put(config);
 	}
 	return r;
@@ -489,6 +503,7 @@ void ffs_api_describe(struct ffs_api *d, struct json_object *obj)
 		json_object_object_add(obj, "machine_config", copy);
 	/* a save tells the guest's vsock driver that its connections are over */
 	json_object_object_add(obj, "resets_vsock", json_object_new_boolean(d->vsock));
+	json_object_object_add(obj, "writable_drives", json_object_new_int((int)d->writable_drives));
 }
 
 void ffs_api_close(struct ffs_vmm *vmm)

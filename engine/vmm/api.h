@@ -44,6 +44,7 @@ struct ffs_api {
 	bool pipelines;              /* two requests may be sent at once */
 	int vmstate_fd;              /* the caller's, from prepare to finish */
 	bool vsock, balloon;         /* devices the VM has */
+	unsigned writable_drives;
 	struct json_object *machine; /* its machine-config, or NULL */
 	/* coop */
 	int uffd; /* handed over with the geometry, and not yet taken; -1 */

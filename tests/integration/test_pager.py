@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 
-from forkfs_test import rig
+from forkfs_test import processes, rig
 from forkfs_test.pager import TIMEOUT as PATIENCE
 from forkfs_test.pager import Lines, Pager, UffdVmm, image
 
@@ -46,6 +46,28 @@ def test_all(case):
     assert pager.process.wait(PATIENCE) == 0, pager.log()
     for vmm in (first, second):
         vmm.check()
+
+
+def test_last(case):
+    """Told that no more VMMs will come, or that its parent has ended, it ends with the last one there is."""
+    memory = image(case.dir / "memory", 4)
+    pager = Pager(case, memory)
+    vmm = UffdVmm(case, pager, memory)
+    vmm.check("read 0 4096")
+    pager.process.send_signal(signal.SIGUSR2)
+    vmm.check()
+    vmm.process.kill()
+    assert pager.process.wait(PATIENCE) == 0, pager.log()
+    # its parent is a shell that ends
+    socket_path, pid_file = case.dir / "orphan.sock", case.dir / "pid"
+    shell = case.start("bash", "-c", f"{case.forkfs()} pager --with-parent {memory} {socket_path} & echo $! >{pid_file}; read x",
+                       stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while not socket_path.exists() or not pid_file.read_text():
+        assert shell.poll() is None
+    pid = int(pid_file.read_text())
+    shell.stdin.close()
+    shell.wait(PATIENCE)
+    assert processes.wait_gone(pid, PATIENCE)
 
 
 def test_huge(case):

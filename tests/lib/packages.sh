@@ -8,7 +8,7 @@ packages=(meson ninja-build pkg-config gcc libc6-dev libfuse3-dev fuse3 libxxhas
 	qemu-system-x86 cpio xz-utils python3)
 case ${1:-test} in
 build) ;;
-test) packages+=(libcmocka-dev gdb rsync e2fsprogs xfsprogs btrfs-progs) ;;
+test) packages+=(curl libcmocka-dev gdb rsync e2fsprogs xfsprogs btrfs-progs) ;;
 *)
 	echo "packages.sh: build or test, not '$1'" >&2
 	exit 2

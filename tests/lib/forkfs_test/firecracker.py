@@ -40,11 +40,12 @@ class Firecracker:
 
     at, work    MiB: where the guest's own slice begins, and its size
     load        (memory, vmstate): restored from these instead
+    backend     what `memory` is: "File", or "Uffd" and the socket of a pager
     jail        uid of the jail, or None
     machine     more keys of machine-config
     """
 
-    def __init__(self, case, name, mib=128, at=16, work=64, load=None, jail=None, machine=None, devices=None):
+    def __init__(self, case, name, mib=128, at=16, work=64, load=None, jail=None, machine=None, devices=None, backend="File"):
         self.case, self.name, self.mib = case, name, mib
         self.dir = root = case.dir / f"vm-{name}"
         self.dir.mkdir()
@@ -83,7 +84,7 @@ class Firecracker:
         if load:
             self.api.call("PUT", "/snapshot/load", {
                 "snapshot_path": str(load[1]), "resume_vm": True,
-                "mem_backend": {"backend_type": "File", "backend_path": str(load[0])}})
+                "mem_backend": {"backend_type": backend, "backend_path": str(load[0])}})
 
     def _wait_api(self, timeout=20):
         deadline = time.monotonic() + timeout

@@ -1,0 +1,238 @@
+/* Children of the kind firecracker: the stock VMM, told over its API to load a branch. Its memory is the
+ * branch's file, mapped privately (File), or is served by a pager (Uffd) that is started once for all of them
+ * and ends with the last.
+ *
+ * One thread a child (restore.h); the pager is started by the main thread, before them: the kernel tells it
+ * when that thread, hence the command, has ended. No locks. */
+#include <errno.h>
+#include <fcntl.h>
+#include <json-c/json.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/inotify.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "base/cleanup.h"
+#include "base/util.h"
+#include "restore-api.h"
+
+#define API "api"
+#define PAGER_SOCKET "pager"
+
+struct plan {
+	bool uffd;
+	struct ffs_child pager; /* a process of a directory of its own, as the children are */
+};
+
+/* ---- what can be started ---- */
+
+static int find_program(struct ffs_restore *r, struct ffs_error *err)
+{
+	const char *path = getenv("PATH");
+	_cleanup_free_ char *copy = strdup(path ? path : "");
+
+	if (r->conf.binary)
+		return 0;
+	for (char *save = NULL, *dir = copy ? strtok_r(copy, ":", &save) : NULL; dir;
+		dir = strtok_r(NULL, ":", &save)) {
+		_cleanup_free_ char *full = NULL;
+
+		if (dir[0] != '/')
+			continue;
+		if (asprintf(&full, "%s/firecracker", dir) < 0)
+			full = NULL;
+		else if (access(full, X_OK) == 0)
+			r->conf.binary = ffs_steal_ptr(&full);
+		if (r->conf.binary)
+			return 0;
+	}
+	return ffs_error_set(err, ENOENT,
+		"there is no firecracker in PATH: name it by --vmm, or in a file of " FFS_VMM_DIR);
+}
+
+static int plan(struct ffs_restore *r, struct ffs_error *err)
+{
+	uint64_t drives = ffs_json_u64(r->vmm, "writable_drives");
+	struct plan *p = calloc(1, sizeof(*p));
+
+	if (!p)
+		return ffs_error_set(err, ENOMEM, "no memory for a plan");
+	r->plan = p;
+	p->pager.pidfd = p->pager.control = -1;
+	p->uffd = r->backend && !strcmp(r->backend, "uffd");
+	/* it opens them by the names that are in the device state, which are the parent's */
+	if (drives)
+		return ffs_error_set(err, ENOTSUP,
+			"the VM of branch %s has %llu writable drives, and Firecracker's children open the "
+			"very files of their "
+			"parent: load the branch by hand in a jail, where its disks/ lie under those names",
+			r->target.branch, (unsigned long long)drives);
+	if (ffs_cli_json_bool(r->vmm, "resets_vsock"))
+		ffs_restore_note(r, "the guest's vsock connections were reset when the branch was taken");
+	return find_program(r, err);
+}
+
+/* ---- the pager ---- */
+
+static bool is_listening(const struct ffs_child *c)
+{
+	char path[160];
+	struct stat st;
+
+	snprintf(path, sizeof(path), "%s/stdout", c->dir);
+	return stat(path, &st) == 0 && st.st_size > 0;
+}
+
+static int begin(struct ffs_restore *r, const char *dir, struct ffs_error *err)
+{
+	_cleanup_close_ int watch = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+	_cleanup_free_ char *self = realpath("/proc/self/exe", NULL);
+	const struct ffs_argv none = {0};
+	struct plan *p = r->plan;
+	struct ffs_argv argv = {0};
+	char events[4096];
+	int got;
+
+	if (!p->uffd)
+		return 0;
+	ffs_child_init(&p->pager, 0);
+	if (!self || watch < 0)
+		return ffs_error_errno(err, errno, "the pager cannot be started");
+	got = ffs_child_make_dir(&p->pager, dir, "pager", err);
+	if (got < 0)
+		return got;
+	if (inotify_add_watch(watch, p->pager.dir, IN_MODIFY) < 0)
+		return ffs_error_errno(err, errno, "%s cannot be watched", p->pager.dir);
+	ffs_argv_add(&argv, self);
+	ffs_argv_add(&argv, "pager");
+	ffs_argv_add(&argv, "--with-parent");
+	ffs_argv_addf(&argv, "--mount=%s", r->tree->mount);
+	if (r->no_prefetch)
+		ffs_argv_add(&argv, "--no-prefetch");
+	ffs_argv_addf(&argv, "%s/%s", r->target.sandbox, r->target.branch);
+	ffs_argv_addf(&argv, "%s/" PAGER_SOCKET, p->pager.dir);
+	got = ffs_child_spawn(&p->pager, &argv, &none, err);
+	ffs_argv_free(&argv);
+	while (!got && !is_listening(&p->pager)) {
+		if (ffs_child_ended(&p->pager))
+			return ffs_child_explain(&p->pager, -ECONNRESET, err);
+		ffs_child_poll(&p->pager, watch, -1);
+		while (read(watch, events, sizeof(events)) > 0)
+			;
+	}
+	return got;
+}
+
+/* The children have started, or never will: what they touched is the working set. */
+static void end(struct ffs_restore *r)
+{
+	struct plan *p = r->plan;
+
+	if (!p)
+		return;
+	if (p->pager.pidfd >= 0 && syscall(SYS_pidfd_send_signal, p->pager.pidfd, SIGUSR1, NULL, 0) < 0)
+		fprintf(stderr, "forkfs restore: the pager has ended: see %s/stderr\n", p->pager.dir);
+	ffs_child_release(&p->pager);
+	free(p);
+	r->plan = NULL;
+}
+
+/* ---- one child ---- */
+
+static const struct ffs_argv *environment(const struct ffs_restore *r)
+{
+	return &r->conf.env;
+}
+
+static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
+{
+	char api[160] = API;
+	int fd, got;
+
+	if (c->dir[0]) {
+		ffs_child_socket(c, "api", API, api);
+		snprintf(c->attach_socket, sizeof(c->attach_socket), "%s", api);
+	}
+	ffs_argv_add(out, r->conf.binary);
+	ffs_argv_add(out, "--api-sock");
+	ffs_argv_add(out, api);
+	for (unsigned i = 0; i < r->conf.arg.n; i++)
+		ffs_argv_add(out, r->conf.arg.word[i]);
+	for (unsigned i = 0; i < r->n_user_args; i++)
+		ffs_argv_add(out, r->user_arg[i]);
+	if (!c->dir[0])
+		return 0; /* it is only shown */
+	fd = ffs_restore_open(r, "vmstate", err);
+	got = fd < 0 ? fd : ffs_child_give(c, FFS_CHILD_VMSTATE, fd, err);
+	ffs_close_fd(&fd);
+	return got;
+}
+
+/* The body of PUT /snapshot/load; the caller frees it. */
+static char *load_request(struct ffs_restore *r, struct ffs_child *c)
+{
+	struct json_object *o = json_object_new_object(), *backend = json_object_new_object();
+	struct plan *p = r->plan;
+	char path[160];
+	char *text;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", FFS_CHILD_VMSTATE);
+	json_object_object_add(o, "snapshot_path", json_object_new_string(path));
+	if (p->uffd)
+		snprintf(path, sizeof(path), "%s/" PAGER_SOCKET, p->pager.dir);
+	else
+		snprintf(path, sizeof(path), "/proc/self/fd/%d", FFS_CHILD_MEMORY);
+	json_object_object_add(backend, "backend_type", json_object_new_string(p->uffd ? "Uffd" : "File"));
+	json_object_object_add(backend, "backend_path", json_object_new_string(path));
+	json_object_object_add(o, "mem_backend", backend);
+	json_object_object_add(o, "resume_vm", json_object_new_boolean(false));
+	text = strdup(
+		json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE));
+	json_object_put(o);
+	return text;
+}
+
+static int load(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
+{
+	struct ffs_http *http = calloc(1, sizeof(*http));
+	_cleanup_free_ char *body = load_request(r, c);
+	int got;
+
+	if (!http || !body) {
+		free(http);
+		return ffs_error_set(err, ENOMEM, "no memory for a connection");
+	}
+	http->sock = -1;
+	c->talk = http;
+	got = ffs_restore_api_connect(c, API, http, err);
+	return got ? got : ffs_restore_api_call(c, http, "PUT", "/snapshot/load", body, NULL, err);
+}
+
+static int run(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
+{
+	return ffs_restore_api_call(c, c->talk, "PATCH", "/vm", "{\"state\":\"Resumed\"}", NULL, err);
+}
+
+static void let_go(struct ffs_restore *r, struct ffs_child *c)
+{
+	if (c->talk)
+		ffs_http_close(c->talk);
+	free(c->talk);
+	c->talk = NULL;
+}
+
+const struct ffs_restore_ops ffs_restore_firecracker = {
+	.kind = "firecracker",
+	.plan = plan,
+	.begin = begin,
+	.command = command,
+	.environment = environment,
+	.load = load,
+	.run = run,
+	.let_go = let_go,
+	.end = end,
+};
