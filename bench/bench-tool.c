@@ -2,6 +2,7 @@
  *
  *   bench-tool seq FILE BYTES-A-READ      one pass over FILE                        prints ns and bytes
  *   bench-tool random FILE COUNT          preads of 4 KiB, each at another place    prints p50 p90 p99 max ns
+ *   bench-tool cold FILE COUNT            the same, without what the page cache had of FILE, and no read-ahead
  *   bench-tool stat FILE COUNT            stat(2) of FILE                           the same
  *   bench-tool first FILE COUNT           open, read the first byte, close          the same, without the
  * close bench-tool run COMMAND…               a command from its start to its end       prints ns, exit
@@ -106,7 +107,7 @@ static void seq(const char *path, uint64_t block)
 	close(fd);
 }
 
-static void random_reads(const char *path, uint64_t count)
+static void random_reads(const char *path, uint64_t count, bool cold)
 {
 	uint64_t *ns = present(count * sizeof(*ns)), rnd = 88172645463325252ull;
 	void *buf = present(PAGE);
@@ -114,6 +115,8 @@ static void random_reads(const char *path, uint64_t count)
 	struct stat st;
 
 	if (fstat(fd, &st) < 0 || st.st_size < PAGE)
+		die(path);
+	if (cold && (posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) || posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM)))
 		die(path);
 	for (uint64_t i = 0; i < count; i++) {
 		rnd ^= rnd << 13;
@@ -230,7 +233,9 @@ int main(int argc, char **argv)
 	if (strcmp(what, "seq") == 0 && argc == 4)
 		seq(argv[2], number(argv[3]));
 	else if (strcmp(what, "random") == 0 && argc == 4)
-		random_reads(argv[2], number(argv[3]));
+		random_reads(argv[2], number(argv[3]), false);
+	else if (strcmp(what, "cold") == 0 && argc == 4)
+		random_reads(argv[2], number(argv[3]), true);
 	else if (strcmp(what, "stat") == 0 && argc == 4)
 		stats(argv[2], number(argv[3]));
 	else if (strcmp(what, "first") == 0 && argc == 4)
@@ -246,7 +251,7 @@ int main(int argc, char **argv)
 			__asm__ volatile("" ::: "memory");
 	else {
 		fprintf(stderr,
-			"bench-tool: seq, random, stat, first, run, memcpy, fresh or spin: see bench-tool.c\n");
+			"bench-tool: seq, random, cold, stat, first, run, memcpy, fresh or spin: see bench-tool.c\n");
 		return 2;
 	}
 	return 0;

@@ -346,3 +346,24 @@ def test_waiting_on_a_terminal(case):
     mount.faults()
     assert mount.run("wait", "sbx1/b1").out == ""
     assert json.loads(mount.run("status", "sbx1/b1", "--json").out)["state"] == "ready"
+
+
+def test_bars_to_the_store(case):
+    """On a terminal the bar goes on when the capture is complete and the branch is on its way to the store; so has a conversion one."""
+    guest = case.guest().booted()
+    mount = case.mount(options=f"store={case.dir}/store")
+    mount.attach(guest)
+    for number, (point, words, shown) in enumerate((("store-vmstate", ("branch", "sbx1", "b1"), b"to the store"),
+                                                    ("store-sync", ("convert", "sbx1/b1", "--to", "packed"), b"sbx1/b1 "))):
+        hold = case.dir / f"hold{number}"
+        mount.faults(f"{point} hold:{hold}")
+        main, other = pty.openpty()
+        waiting = case.start(mount.binary, *words, "--mount", mount.path, stdout=other, stderr=other, stdin=other)
+        os.close(other)
+        text = read_terminal(main, lambda t, part=shown: b"100 %" in t and part in t)
+        assert shown.decode() in text and "100 %" in text, text
+        hold.touch()
+        assert waiting.wait(timeout=30) == 0
+        os.close(main)
+    mount.faults()
+    assert json.loads(mount.run("status", "sbx1/b1", "--json").out)["store"] == "packed"

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 
 from forkfs_test.guest import MIB
 
@@ -24,11 +25,23 @@ def ours(record, name, number, kind, mount, guest):
     status, manifest = (json.loads((branch / f).read_text()) for f in ("status", "manifest.json"))
     ns, read = machine.tool_numbers("seq", branch / "memory.bin", MIB)
     assert read == size, f"{branch}: {read} of {size} bytes"
+    cold, _, cold_p99, _ = machine.tool_numbers("cold", branch / "memory.bin", RANDOM_READS)
     p50, _, p99, _ = machine.tool_numbers("random", branch / "memory.bin", RANDOM_READS)
     record.add("store", name, kind, number, write_gbs=size / manifest["store"]["write_ns"], read_gbs=size / ns,
-               random_us=p50 / 1e3, random_p99_us=p99 / 1e3, disk_mib=status["disk_bytes"] / MIB,
+               random_us=p50 / 1e3, random_p99_us=p99 / 1e3, cold_us=cold / 1e3, cold_p99_us=cold_p99 / 1e3, disk_mib=status["disk_bytes"] / MIB,
                own_mib=(status["disk_bytes"] - status["disk_shared_bytes"]) / MIB)
     return branch
+
+
+def restored(record, name, number, kind, branch, guest):
+    """A child from a branch: until it runs, and until it has said something."""
+    start = time.monotonic()
+    child = guest.child(f"{kind}{number}", branch / "memory.bin", branch / "vmstate")
+    child.go()
+    runs = time.monotonic()
+    child.console.wait(r"^load \d", timeout=120)
+    record.add("store", name, kind, number, restore_ms=(runs - start) * 1e3, tick_ms=(time.monotonic() - start) * 1e3)
+    child.stop()
 
 
 def others(record, name, number, source, directory):
@@ -59,9 +72,11 @@ def run(record, options):
         packed = None
         for number in range(max(3, options.branches // 8)):
             dense = ours(record, name, number, "dense", mount, guest)
+            restored(record, name, number, "dense", dense, guest)
             others(record, name, number, case.dir / "store" / guest.name / dense.name / "memory.bin", case.dir)
             dense.rmdir()
             before, packed = packed, ours(record, name, number, "packed", mount, guest)
+            restored(record, name, number, "packed", packed, guest)
             if before:
                 before.rmdir()
         packed.rmdir()
@@ -70,6 +85,8 @@ def run(record, options):
 
 ROWS = (("write_gbs", "written, GB of memory a second", 2), ("disk_mib", "on disk, MiB", 0),
         ("own_mib", "of that not shared, MiB", 0), ("read_gbs", "read, 1 MiB at a time, GB/s", 2),
+        ("cold_us", "read of 4 KiB at random, not cached, median µs", 1), ("cold_p99_us", "the same, p99 µs", 1),
+        ("restore_ms", "a child from it runs after, ms", 0), ("tick_ms", "and has said its next line (one a second) after, ms", 0),
         ("random_us", "read of 4 KiB at random, cached, median µs", 1), ("random_p99_us", "the same, p99 µs", 1))
 
 
