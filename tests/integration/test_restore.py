@@ -1,7 +1,14 @@
 """`forkfs restore`: children go on where the branch was taken, several at once, and share its memory."""
 
-from forkfs_test import children, rig
+import json
+import os
+import pathlib
+import re
+import shutil
+
+from forkfs_test import children, processes, rig
 from forkfs_test.api import ApiRig
+from forkfs_test.guest import kit
 from forkfs_test.microvm import MicroVm
 
 RUN = ["counter", "selfcheck,mib=32,threads=1,step=1,every=16"]
@@ -43,3 +50,31 @@ def test_microvm(case):
     for child in found:
         child.visit_all(64)
     r.guest.visit_all(1)
+
+
+def test_recipe(case):
+    """The recipe of README.md, as written."""
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    recipe = next(block for block in re.findall(r"```sh\n(.*?)```", text, re.S) if "forkfs restore" in block)
+    for name in ("vmlinuz", "initrd"):
+        (case.dir / name).symlink_to(f"{kit()}/{name}")
+    (case.dir / "bin").mkdir()
+    (case.dir / "bin/forkfs").symlink_to(case.forkfs())
+
+    def end_all():
+        (case.dir / "console").touch()
+        for pid in processes.marked(case.id):
+            if not processes.is_daemon(pid) and os.path.basename(os.readlink(f"/proc/{pid}/exe")).startswith("qemu-system"):
+                processes.kill([pid])
+        case.run(case.forkfs(), "umount", case.dir / "forkfs", check=False)
+
+    case.on_end(end_all)
+    done = case.run("bash", "-euc", recipe, cwd=case.dir, env=dict(os.environ, PATH=f"{case.dir}/bin:{os.environ['PATH']}"), timeout=100)
+    said = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
+    assert [s["sandbox"] for s in sorted(said, key=lambda s: s["child"])] == ["child-1", "child-2"], done.out
+    for one in said:
+        child = children.QemuChild(case, one)
+        assert child.monitor().status() == "running"
+        child.stop()
+        shutil.rmtree(child.dir)
+    assert rig.state(case.dir / "forkfs/child-1/branches/b1") == "ready"
