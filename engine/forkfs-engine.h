@@ -113,6 +113,10 @@ const char *ffs_sandbox_name(const struct ffs_sandbox *sb);
 pid_t ffs_sandbox_pid(const struct ffs_sandbox *sb);
 /* Bytes of memory.bin of every branch of this sandbox. */
 uint64_t ffs_sandbox_memory_size(const struct ffs_sandbox *sb);
+/* Read memory as it is now, while the guest goes on writing it: no branch is taken, nothing is stopped, and no two
+ * bytes need be of one instant. Offsets are those of memory.bin; bytes read, short at the end; -ESRCH: the VM was
+ * let go or is gone; -EFAULT: its memory is not what it was. At most 2 MiB a call. */
+ssize_t ffs_sandbox_read_memory(struct ffs_sandbox *sb, void *buf, size_t len, uint64_t off);
 /* Last known run state (VMM events and the pidfd keep it fresh); never waits for the VMM. */
 enum ffs_run_state ffs_sandbox_state(struct ffs_sandbox *sb);
 /* A new JSON object for `status`, owned by the caller (json_object_put). Never waits for the VMM. Keys: name,

@@ -273,7 +273,7 @@ static int admit_again(struct ffs_fs *fs, const char *name, struct json_object *
 	struct json_object *o = json_object_new_object();
 
 	json_object_object_add(o, "attach", json_object_get(request));
-	int r = ffs_request_parse(o, true, req, err);
+	int r = ffs_request_parse(o, true, (struct ffs_span){0}, req, err);
 
 	json_object_put(o);
 	if (!r && strcmp(req->name, name) != 0)

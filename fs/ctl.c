@@ -27,6 +27,7 @@ struct ffs_txn {
 	struct ffs_sbx *sbx;
 	struct ffs_caller who;
 	struct json_tokener *tok;
+	char *raw; /* all that came, `received` bytes: payloads are taken from it as they stand there */
 	size_t received;
 	enum txn_state state;
 	bool wants_answer, abandoned, is_shutdown;
@@ -80,6 +81,7 @@ void ffs_txn_unref(struct ffs_txn *t)
 	ffs_sbx_unref(t->sbx);
 	json_tokener_free(t->tok);
 	ffs_cancel_unref(t->cancel);
+	free(t->raw);
 	free(t->result);
 	free(t);
 }
@@ -278,6 +280,12 @@ static int feed(
 	/* leading space alone would be an empty document to the parser */
 	if (!t->received && only_space(buf, len))
 		return 0;
+	char *more = realloc(t->raw, t->received + len);
+
+	if (!more)
+		return ffs_error_set(err, ENOMEM, "no memory for the request");
+	t->raw = more;
+	memcpy(t->raw + t->received, buf, len);
 	t->received += len;
 	struct json_object *o = json_tokener_parse_ex(t->tok, buf, (int)len);
 	enum json_tokener_error e = json_tokener_get_error(t->tok);
@@ -320,7 +328,7 @@ static int accept_bytes(struct ffs_txn *t, const char *buf, size_t len, struct f
 			set_result(t, failure(-r, err));
 		return r;
 	}
-	r = ffs_request_admit(t->fs, t->sbx, &t->who, o, &t->request, err);
+	r = ffs_request_admit(t->fs, t->sbx, &t->who, o, (struct ffs_span){t->raw, t->received}, &t->request, err);
 	json_object_put(o);
 	if (r < 0) {
 		set_result(t, failure(-r, err));

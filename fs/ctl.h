@@ -9,13 +9,31 @@
 struct ffs_txn;
 struct json_object;
 
-enum ffs_request_kind { FFS_REQ_ATTACH, FFS_REQ_DETACH, FFS_REQ_SHUTDOWN, FFS_REQ_ADOPT, FFS_REQ_BRANCH, FFS_REQ_CONVERT };
+enum ffs_request_kind {
+	FFS_REQ_ATTACH,
+	FFS_REQ_DETACH,
+	FFS_REQ_SHUTDOWN,
+	FFS_REQ_ADOPT,
+	FFS_REQ_BRANCH,
+	FFS_REQ_CONVERT,
+	FFS_REQ_FORK,
+};
+
+/* A payload of a fork. Strings are owned. */
+struct ffs_box_request {
+	char *name, *token; /* token NULL: none */
+	size_t token_len;
+	char *payload; /* as it stands in the request */
+	size_t payload_len;
+	bool wants_ack;
+	unsigned ack_timeout_ms;
+};
 
 /* What was asked for, checked. Strings are owned. */
 struct ffs_request {
 	enum ffs_request_kind kind;
 	char name[80];                   /* of the sandbox, or of the branch */
-	char branch[80];                 /* to adopt */
+	char branch[80];                 /* to adopt, to fork */
 	char *qemu, *coop, *firecracker; /* control sockets; at most one is given */
 	char *said;                      /* an attach, as its client wrote it */
 	char *key;                       /* of a cached branch, which has no name given */
@@ -33,6 +51,9 @@ struct ffs_request {
 	gid_t gid;
 	struct ffs_sbx *sbx;     /* referenced: reserved for attach, target of the others */
 	struct ffs_named *named; /* referenced: the reserved name */
+	struct ffs_box_request *boxes;
+	unsigned n_boxes;
+	struct ffs_fork *fork; /* referenced: complete, to be shown */
 };
 
 /* ---- ctl.c: transactions
@@ -67,9 +88,28 @@ void ffs_txn_failed(struct ffs_txn *t, int code, const struct ffs_error *err);
 /* ---- request-parse.c: the language
  * ---------------------------------------------------------------------------------------------- */
 
-/* What an object asks for; root: of .forkfs/ctl. -EINVAL or -EOPNOTSUPP with the sentence, and nothing is
- * owned by *req then but its strings, which the caller frees either way. */
-int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req, struct ffs_error *err);
+/* What an object asks for; root: of .forkfs/ctl; raw: the object as it was written (of a
+ * fork only). -EINVAL or -EOPNOTSUPP with the sentence, and nothing is owned by *req then but its strings, which the caller frees either way. */
+int ffs_request_parse(struct json_object *o, bool root, struct ffs_span raw, struct ffs_request *req,
+	struct ffs_error *err);
+
+/* ---- request-fork.c
+ * ---------------------------------------------------------------------------------------------------- */
+
+int ffs_request_parse_fork(
+	struct json_object *o, struct ffs_span raw, struct ffs_request *req, struct ffs_error *err);
+/* Find and check everything, write nothing that could be seen: all payloads or none. Without the tree lock; reads
+ * guest memory. */
+int ffs_request_admit_fork(struct ffs_sbx *sbx, const struct ffs_caller *who, struct ffs_request *req,
+	struct ffs_error *err);
+void ffs_request_run_fork(struct ffs_txn *t, struct ffs_request *req);
+/* Members of an untrusted object (request-parse.c); `what` is the verb. *out is NULL where there is none. */
+int ffs_request_known_keys(
+	struct json_object *o, const char *what, const char *const *keys, struct ffs_error *err);
+int ffs_request_string(struct json_object *o, const char *what, const char *key, size_t max,
+	const char **out, struct ffs_error *err);
+int ffs_request_bool(
+	struct json_object *o, const char *what, const char *key, bool *out, struct ffs_error *err);
 
 /* ---- requests.c: what can be asked for
  * ---------------------------------------------------------------------------------- */
@@ -77,7 +117,7 @@ int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req,
 /* Check an object and reserve what it names. sbx: of sbx/ctl, NULL for .forkfs/ctl. 0, or -errno and the
  * sentence. Without the tree lock. */
 int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_caller *who,
-	struct json_object *o, struct ffs_request *out, struct ffs_error *err);
+	struct json_object *o, struct ffs_span raw, struct ffs_request *out, struct ffs_error *err);
 /* Carry it out: pool thread. Ends in ffs_txn_done or ffs_txn_failed, maybe later. */
 void ffs_request_run(struct ffs_txn *t);
 void ffs_request_clear(struct ffs_fs *fs, struct ffs_request *req);

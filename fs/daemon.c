@@ -172,6 +172,7 @@ static int setup_fs(struct daemon *d, const struct ffs_mount_options *opt, struc
 	fs->mounted_ns = ffs_wall_ns();
 	fs->next_serial = 1;
 	pthread_mutex_init(&fs->lock, NULL);
+	pthread_cond_init(&fs->live_taken, NULL);
 	ffs_list_init(&fs->sandboxes);
 	ffs_list_init(&fs->owed);
 	ffs_list_init(&fs->writes);

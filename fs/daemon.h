@@ -20,6 +20,7 @@
 #include "fs.h"
 #include "generation.h"
 #include "list.h"
+#include "mailbox/mailbox.h"
 #include "passthrough.h"
 #include "store/store.h"
 #include "work.h"
@@ -34,6 +35,7 @@ struct ffs_store;
 struct ffs_stored;
 struct ffs_keyed;
 struct ffs_attached;
+struct ffs_fork;
 
 /* A request that threads claim from each other before they act for it or answer it (park.h). */
 struct ffs_parked;
@@ -63,6 +65,8 @@ struct ffs_shot {
 	unsigned opens;          /* open files of it */
 	struct ffs_named *named; /* its name, while it has one; not referenced */
 	struct ffs_live *live;   /* its generation, while that lives; not referenced */
+	bool frames_known;       /* its memory was searched for mailboxes */
+	struct ffs_mailbox_frames frames;
 };
 
 /* Called once with the tree lock NOT held: on the reaper's thread when the shot is no longer WRITING, or on a
@@ -79,7 +83,10 @@ struct ffs_live {
 	struct ffs_sbx *sbx;   /* referenced */
 	struct ffs_gen *gen;   /* NULL: ended */
 	struct ffs_shot *shot; /* referenced; NULL: being taken, or ended */
+	struct ffs_fork *fork; /* the payloads that lie over its memory; referenced */
 	bool taking;
+	unsigned stagers;      /* writes of payloads that wait for the branch to be taken, beside the openers */
+	struct ffs_error why;  /* it was not taken */
 	char *key;
 	struct ffs_list openers;        /* struct ffs_parked: wait for the branch to be taken */
 	struct ffs_cancel *cancel;      /* of the take */
@@ -111,6 +118,7 @@ struct ffs_named {
 	uint64_t last_use_ns;
 	struct ffs_list link;  /* in sbx->branches */
 	struct ffs_list waits; /* struct ffs_parked: reads of `wait` */
+	struct ffs_list forks; /* struct ffs_fork: referenced */
 };
 
 /* One directory of the mount's root. It outlives its VM as long as it has branches. Tree lock. */
@@ -134,6 +142,8 @@ struct ffs_sbx {
 	bool writable;     /* by its owner */
 	char *last_status; /* JSON, of before the detach */
 	struct ffs_gen_table *gens;
+	struct ffs_list tokens;           /* of its mailboxes, by session: box.c */
+	struct ffs_mailbox_frames frames; /* where they were when its memory was searched last */
 	struct ffs_list branches; /* struct ffs_named */
 	unsigned n_branches;
 	struct ffs_list link; /* in fs->sandboxes */
@@ -169,6 +179,7 @@ struct ffs_fs {
 
 	pthread_mutex_t names; /* above the tree lock: names of the store's branches (durable.c) */
 	pthread_mutex_t lock;
+	pthread_cond_t live_taken; /* a branch of branch/ was taken, or not */
 	struct ffs_list writes; /* struct ffs_write: from before the pause until it is published */
 	uint64_t writes_arrived, write_turns;
 	unsigned n_reaps; /* jobs that delete files of removed branches; durable_idle says when one is done */

@@ -15,8 +15,10 @@
 #include "base/fault.h"
 #include "base/log.h"
 #include "base/util.h"
+#include "fork.h"
 #include "keyed.h"
 #include "nodes.h"
+#include "ops.h"
 #include "park.h"
 
 #define READ_MAX (1u << 20)
@@ -72,14 +74,14 @@ int ffs_data_check_open(struct ffs_node *node, int flags, struct ffs_error *err)
 			node->key.key);
 	/* for private mappings, as QEMU makes them */
 	if (mode == O_RDWR &&
-		(node->key.kind == FFS_KIND_LIVE_MANIFEST || node->key.kind == FFS_KIND_NAMED_MANIFEST))
+		ffs_kind_is_manifest(node->key.kind))
 		return -ffs_error_set(err, EPERM, "manifest.json is read-only");
 	return 0;
 }
 
 static bool is_memory(enum ffs_kind kind)
 {
-	return kind == FFS_KIND_LIVE_MEMORY || kind == FFS_KIND_NAMED_MEMORY;
+	return kind == FFS_KIND_LIVE_MEMORY || kind == FFS_KIND_NAMED_MEMORY || kind == FFS_KIND_FORK_MEMORY;
 }
 
 /* The file behind a node once its branch is ready. */
@@ -115,7 +117,7 @@ static int open_backing(struct ffs_fs *fs, struct ffs_node *node, struct ffs_sho
 
 static enum ffs_open_how how_of(const struct ffs_node *node)
 {
-	if (node->key.kind == FFS_KIND_LIVE_MANIFEST || node->key.kind == FFS_KIND_NAMED_MANIFEST)
+	if (ffs_kind_is_manifest(node->key.kind))
 		return FFS_OPEN_DIRECT;
 	return node->key.mode == FFS_MODE_PASS     ? FFS_OPEN_PASS
 	       : node->key.mode == FFS_MODE_DIRECT ? FFS_OPEN_DIRECT
@@ -155,6 +157,12 @@ void ffs_data_opened(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller 
 		if (h->shot)
 			h->shot->opens++;
 		h->live = live ? ffs_live_ref(live) : NULL;
+		if (node->key.kind == FFS_KIND_FORK_MEMORY) {
+			node->fork->fixed = true;
+			h->overlay = ffs_overlay_ref(node->fork->overlay);
+		}
+		if (live && node->key.kind == FFS_KIND_LIVE_MEMORY)
+			h->overlay = ffs_overlay_ref(live->fork->overlay);
 		h->counted = live != NULL;
 		h->txn = NULL;
 		id = h->id;
@@ -192,8 +200,9 @@ void ffs_named_open(struct ffs_call *call, struct ffs_node *node, int flags)
 	int code = ffs_data_check_open(node, flags, &err);
 
 	pthread_mutex_lock(&fs->lock);
-	if (!code && !node->named->shot) {
-		code = -ffs_error_set(&err, ENOENT, "the branch was removed");
+	if (!code && (!node->named->shot || (node->fork && node->fork->removed))) {
+		code = -ffs_error_set(
+			&err, ENOENT, "the %s was removed", node->named->shot ? "fork" : "branch");
 	} else if (!code && node->named->shot->state == FFS_BRANCH_FAILED) {
 		code = EIO;
 		err = node->named->shot->failure;
@@ -265,6 +274,18 @@ static void reply_stored_manifest(fuse_req_t req, struct ffs_stored *stored, siz
 		fuse_reply_buf(req, buf, (size_t)n);
 }
 
+static void reply_fork_manifest(
+	struct ffs_fs *fs, fuse_req_t req, struct ffs_handle *h, size_t size, uint64_t off)
+{
+	size_t len;
+	char *text = ffs_fork_manifest(fs, h->node->fork, h->shot, &len);
+
+	if (!text)
+		fuse_reply_err(req, EIO);
+	else
+		ffs_reply_text(fs, req, h, text, len, size, off);
+}
+
 /* The branch has settled: answer a read of manifest.json or an fsync (size 0 and no buffer wanted). */
 static void answer_settled(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller *who,
 	struct ffs_handle *h, bool sync, size_t size, uint64_t off)
@@ -276,6 +297,8 @@ static void answer_settled(struct ffs_fs *fs, fuse_req_t req, const struct ffs_c
 		reply_failed_shot(fs, req, who, h);
 	else if (sync)
 		fuse_reply_err(req, 0);
+	else if (h->node->fork)
+		reply_fork_manifest(fs, req, h, size, off);
 	else if (s->stored)
 		reply_stored_manifest(req, s->stored, size, off);
 	else if (!s->manifest)
@@ -383,7 +406,7 @@ void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uin
 	bool writing = h->shot->state == FFS_BRANCH_WRITING;
 
 	pthread_mutex_unlock(&fs->lock);
-	if (kind == FFS_KIND_LIVE_MANIFEST || kind == FFS_KIND_NAMED_MANIFEST) {
+	if (ffs_kind_is_manifest(kind)) {
 		if (writing && (flags & O_NONBLOCK))
 			fuse_reply_err(call->req, EAGAIN);
 		else
@@ -407,6 +430,8 @@ void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uin
 		ffs_reply_failure(fs, call->req, &call->who, ffs_node_dir_ino(h->node), (int)-n, &err);
 		return;
 	}
+	if (h->overlay)
+		ffs_overlay_apply(h->overlay, buf, (size_t)n, off);
 	atomic_fetch_add_explicit(&fs->count.reads, 1, memory_order_relaxed);
 	atomic_fetch_add_explicit(&fs->count.read_bytes, (unsigned long long)n, memory_order_relaxed);
 	fuse_reply_buf(call->req, buf, (size_t)n);

@@ -160,14 +160,25 @@ static unsigned missing_of(const struct ffs_gen *g)
 {
 	unsigned pair = g->opened & (FFS_GEN_MEMORY | FFS_GEN_VMSTATE);
 
+	/* a payload that nobody has read */
+	if ((g->opened & (FFS_GEN_MEMORY | FFS_GEN_MAILBOX)) == FFS_GEN_MAILBOX)
+		return FFS_GEN_MEMORY;
+
 	return ffs_gen_other(pair);
 }
 
-static struct ffs_gen *own_generation(
-	const struct ffs_gen_table *t, struct ffs_gen_key *k, struct ffs_gen_who who, uint64_t now_ns)
+/* What must not have been opened for a file to join. */
+static unsigned barred_by(enum ffs_gen_file file)
+{
+	return file == FFS_GEN_MAILBOX ? FFS_GEN_MEMORY : file;
+}
+
+static struct ffs_gen *own_generation(const struct ffs_gen_table *t, struct ffs_gen_key *k,
+	enum ffs_gen_file file, struct ffs_gen_who who, uint64_t now_ns)
 {
 	for (struct ffs_gen *g = k->newest; g; g = g->older)
-		if (!g->failed && (g->handles || in_lease(t, g, now_ns)) && opened_by(g, who))
+		if (!g->failed && !(file == FFS_GEN_MAILBOX && g->opened & barred_by(file)) &&
+			(g->handles || in_lease(t, g, now_ns)) && opened_by(g, who))
 			return g;
 	return NULL;
 }
@@ -175,7 +186,7 @@ static struct ffs_gen *own_generation(
 static bool may_join(
 	const struct ffs_gen_table *t, const struct ffs_gen *g, enum ffs_gen_file file, uint64_t now_ns)
 {
-	return g && !g->failed && !g->retired && !(g->opened & file) && in_lease(t, g, now_ns);
+	return g && !g->failed && !g->retired && !(g->opened & barred_by(file)) && in_lease(t, g, now_ns);
 }
 
 struct ffs_gen *ffs_gen_peek(struct ffs_gen_table *t, const char *key, enum ffs_gen_file file,
@@ -185,7 +196,7 @@ struct ffs_gen *ffs_gen_peek(struct ffs_gen_table *t, const char *key, enum ffs_
 
 	if (!k)
 		return NULL;
-	struct ffs_gen *own = own_generation(t, k, who, now_ns);
+	struct ffs_gen *own = own_generation(t, k, file, who, now_ns);
 
 	if (own)
 		return own;
@@ -204,7 +215,8 @@ int ffs_gen_open_this(struct ffs_gen *g, enum ffs_gen_file file, struct ffs_gen_
 		g->openers = more;
 		g->openers[g->n_openers++] = who;
 	}
-	g->opened |= (unsigned)file;
+	/* a payload counts when it is staged */
+	g->opened |= (unsigned)file & ~(unsigned)FFS_GEN_MAILBOX;
 	g->handles++;
 	g->last_use_ns = now_ns;
 	return 0;
@@ -279,7 +291,7 @@ int ffs_gen_open(struct ffs_gen_table *t, const char *key, enum ffs_gen_file fil
 	if (!k)
 		return -ENOMEM;
 	k->used_ns = now_ns;
-	struct ffs_gen *own = own_generation(t, k, who, now_ns);
+	struct ffs_gen *own = own_generation(t, k, file, who, now_ns);
 
 	if (own)
 		return join(k, own, file, who, now_ns, out);
@@ -301,6 +313,11 @@ int ffs_gen_open(struct ffs_gen_table *t, const char *key, enum ffs_gen_file fil
 	if (!take_token(t, now_ns))
 		return FFS_GEN_LIMITED;
 	return begin(t, k, file, who, now_ns, out);
+}
+
+void ffs_gen_staged(struct ffs_gen *g, bool staged)
+{
+	g->opened = staged ? g->opened | FFS_GEN_MAILBOX : g->opened & ~(unsigned)FFS_GEN_MAILBOX;
 }
 
 void ffs_gen_touch(struct ffs_gen *g, uint64_t now_ns)

@@ -4,14 +4,20 @@
  * KEY of branch@KEY/. An open joins a generation of its key when the same thread group already opened a file
  * of it, or when it is the key's newest, this file has not been opened in it yet, and it is alive: within a
  * lease of its last open, read or close. Otherwise a new one begins. A key that read one of memory.bin and
- * vmstate and lost the generation before it read the other is told so, once. */
+ * vmstate and lost the generation before it read the other is told so, once; so is one that staged a payload and
+ * lost the generation before it read memory.bin. */
 #pragma once
 
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
 
-enum ffs_gen_file { FFS_GEN_MEMORY = 1, FFS_GEN_VMSTATE = 2, FFS_GEN_MANIFEST = 4 };
+enum ffs_gen_file {
+	FFS_GEN_MEMORY = 1,
+	FFS_GEN_VMSTATE = 2,
+	FFS_GEN_MANIFEST = 4,
+	FFS_GEN_MAILBOX = 8, /* a payload for the memory that will be read: joins until that was opened */
+};
 
 /* A thread group; tgid 0 (a caller of a foreign pid namespace) is never "the same" as another. */
 struct ffs_gen_who {
@@ -32,7 +38,7 @@ struct ffs_gen_table;
 struct ffs_gen {
 	uint64_t serial;
 	void *data;       /* the caller's: what the generation reads from */
-	unsigned opened;  /* FFS_GEN_* bits */
+	unsigned opened;  /* FFS_GEN_* bits; of a mailbox: a payload is staged */
 	unsigned handles; /* open now */
 	uint64_t last_use_ns;
 	bool retired; /* only its own thread groups may join */
@@ -64,6 +70,8 @@ int ffs_gen_open(struct ffs_gen_table *t, const char *key, enum ffs_gen_file fil
 /* Open a file of that very generation, whatever the rule says: for a caller that holds a handle on it
  * (O_PATH). */
 int ffs_gen_open_this(struct ffs_gen *g, enum ffs_gen_file file, struct ffs_gen_who who, uint64_t now_ns);
+/* A payload is staged in it, or the last one was taken back. */
+void ffs_gen_staged(struct ffs_gen *g, bool staged);
 void ffs_gen_touch(struct ffs_gen *g, uint64_t now_ns);
 void ffs_gen_close(struct ffs_gen *g, uint64_t now_ns);
 /* Its branch could not be taken: as if it had never begun. Frees g (the caller owns `data` again). */

@@ -3,6 +3,7 @@
  * Threads: any, tree lock held throughout; never waits. */
 #include <stdlib.h>
 
+#include "box.h"
 #include "ctl.h"
 #include "nodes.h"
 
@@ -66,6 +67,8 @@ static void free_handle(struct ffs_fs *fs, struct ffs_handle *h)
 	if (h->ph)
 		fuse_pollhandle_destroy(h->ph);
 	ffs_txn_unref(h->txn);
+	ffs_box_free(h->box);
+	ffs_overlay_unref(h->overlay);
 	ffs_live_unref(h->live);
 	if (h->shot)
 		h->shot->opens--;

@@ -18,6 +18,7 @@
 #include "base/util.h"
 #include "data.h"
 #include "events.h"
+#include "fork.h"
 #include "keyed.h"
 #include "nodes.h"
 #include "park.h"
@@ -27,7 +28,8 @@
 
 static enum ffs_gen_file file_of(enum ffs_kind kind)
 {
-	return kind == FFS_KIND_LIVE_MEMORY    ? FFS_GEN_MEMORY
+	return ffs_kind_is_box(kind)           ? FFS_GEN_MAILBOX
+	       : kind == FFS_KIND_LIVE_MEMORY  ? FFS_GEN_MEMORY
 	       : kind == FFS_KIND_LIVE_VMSTATE ? FFS_GEN_VMSTATE
 					       : FFS_GEN_MANIFEST;
 }
@@ -35,11 +37,13 @@ static enum ffs_gen_file file_of(enum ffs_kind kind)
 /* KEY, or the caller's session. False: the caller has none that we can see. */
 static bool key_of(const struct ffs_node *node, const struct ffs_caller *who, char out[80])
 {
-	if (node->key.key)
+	bool keyed = node->key.key && !ffs_kind_is_box(node->key.kind);
+
+	if (keyed)
 		snprintf(out, 80, "k:%s", node->key.key);
 	else
 		snprintf(out, 80, "s:%d", (int)who->sid);
-	return node->key.key || who->sid;
+	return keyed || who->sid;
 }
 
 struct ffs_node *ffs_live_lookup(struct ffs_call *call, struct ffs_node *dir, int kind)
@@ -56,7 +60,8 @@ struct ffs_node *ffs_live_lookup(struct ffs_call *call, struct ffs_node *dir, in
 			dir->sbx->gens, text, file_of(kind), ffs_caller_who(&call->who), ffs_now_ns());
 	struct ffs_live *live = g ? g->data : NULL;
 	bool settled = live && live->shot && live->shot->state == FFS_BRANCH_READY &&
-		       (live->shot->dense || kind != FFS_KIND_LIVE_MEMORY);
+		       (kind != FFS_KIND_LIVE_MEMORY ||
+			       (live->shot->dense && !ffs_overlay_pages(live->fork->overlay)));
 
 	key.mode = writer                                 ? FFS_MODE_DIRECT
 		   : settled && atomic_load(&fs->pass.on) ? FFS_MODE_PASS
@@ -119,7 +124,7 @@ static void abort_generation(struct ffs_live *l)
 /* Tree lock held. False: nobody waits for it any more, or the VM was let go. */
 static bool publish(struct ffs_live *l, struct ffs_shot *s)
 {
-	if (!l->gen || ffs_list_empty(&l->openers))
+	if (!l->gen || (ffs_list_empty(&l->openers) && !l->stagers))
 		return false;
 	l->shot = s;
 	l->vmstate_size = s->vmstate_size;
@@ -141,14 +146,16 @@ static void run_take(struct ffs_work *w)
 
 	pthread_mutex_lock(&fs->lock);
 	l->taking = false;
+	pthread_cond_broadcast(&fs->live_taken);
 	/* the kernel may keep the node, and with it this object, as long as it likes: not an fd for each */
 	ffs_cancel_unref(l->cancel);
 	l->cancel = NULL;
 	if (!r && !publish(l, s))
 		r = ffs_error_set(&err, ESRCH, "sandbox '%s' was detached", l->sbx->name);
-	if (r < 0)
+	if (r < 0) {
+		l->why = err;
 		abort_generation(l);
-	else
+	} else
 		ffs_shot_ref(s); /* ours, till the openers have theirs */
 	ffs_parked_claim_all(&l->openers, &claimed);
 	pthread_mutex_unlock(&fs->lock);
@@ -179,6 +186,17 @@ static void run_take(struct ffs_work *w)
  * -------------------------------------------------------------------------------------------------------------
  */
 
+/* Tree lock held: nobody waits for the take any more? */
+static void drop_if_unwanted(struct ffs_live *l)
+{
+	if (l->taking && ffs_list_empty(&l->openers) && !l->stagers) {
+		ffs_cancel_set(l->cancel);
+		/* who comes now begins a new one */
+		if (l->gen)
+			ffs_gen_fail(l->gen);
+	}
+}
+
 /* Tree lock held: an interrupted opener. */
 static void opener_gone(struct ffs_parked *p)
 {
@@ -186,12 +204,7 @@ static void opener_gone(struct ffs_parked *p)
 
 	if (l->gen)
 		ffs_gen_close(l->gen, ffs_now_ns());
-	if (l->taking && ffs_list_empty(&l->openers)) {
-		ffs_cancel_set(l->cancel);
-		/* who comes now begins a new one */
-		if (l->gen)
-			ffs_gen_fail(l->gen);
-	}
+	drop_if_unwanted(l);
 }
 
 /* Tree lock held: what can be refused before any generation is thought of. Positive errno. */
@@ -206,6 +219,12 @@ static int check_sandbox(struct ffs_call *call, struct ffs_node *node, struct ff
 		return -ffs_error_set(err, EDEADLK,
 			"process %d is the VM of '%s' itself: it would wait for its own pause",
 			(int)call->who.tgid, s->name);
+	if (!key_of(node, &call->who, key) && ffs_kind_is_box(node->key.kind))
+		return -ffs_error_set(err, EOPNOTSUPP,
+			"the daemon can't see this caller's session (another pid namespace?): make a fork of "
+			"a named "
+			"branch, %s/branches/NAME/forks/NAME, and write into its mailboxes",
+			s->name);
 	if (!key_of(node, &call->who, key))
 		return -ffs_error_set(err, EOPNOTSUPP,
 			"the daemon can't see this caller's session (another pid namespace?): open "
@@ -252,6 +271,7 @@ static int choose(struct ffs_call *call, struct ffs_node *node, enum ffs_retry r
 			if (!node->live->gen)
 				return -ffs_error_set(err, ESTALE, "the snapshot of this handle is over");
 			*out = node->live;
+			node->live->fork->fixed |= file == FFS_GEN_MEMORY;
 			return -ffs_gen_open_this(node->live->gen, file, who, now);
 		}
 	}
@@ -285,6 +305,9 @@ static int choose(struct ffs_call *call, struct ffs_node *node, enum ffs_retry r
 		*begun = true;
 	}
 	*out = g->data;
+	/* what lies over this memory is fixed from here on */
+	if (file == FFS_GEN_MEMORY)
+		(*out)->fork->fixed = true;
 	return 0;
 }
 
@@ -347,6 +370,12 @@ void ffs_live_open(struct ffs_call *call, struct ffs_node *node, int flags)
 		} else if ((flags & O_ACCMODE) == O_RDWR && node->key.mode != FFS_MODE_DIRECT) {
 			ffs_retry_note(fs, call->who.tid, node->ino, FFS_RETRY_WRITER);
 			code = ESTALE;
+		} else if (node->key.mode == FFS_MODE_PASS && node->key.kind == FFS_KIND_LIVE_MEMORY &&
+			   node->live && ffs_overlay_pages(node->live->fork->overlay)) {
+			/* a payload came after its lookup: the next one finds the node that we serve */
+			if (retry == FFS_RETRY_NONE)
+				ffs_retry_note(fs, call->who.tid, node->ino, FFS_RETRY_NODE);
+			code = ESTALE;
 		} else {
 			code = choose(call, node, retry, &l, &begun, &err);
 		}
@@ -374,4 +403,114 @@ void ffs_live_open(struct ffs_call *call, struct ffs_node *node, int flags)
 		pthread_mutex_unlock(&fs->lock);
 	}
 	ffs_parked_unref(p);
+}
+
+/* ---- payloads
+ * -------------------------------------------------------------------------------------------------------- */
+
+/* Tree lock held: an interrupted write. */
+static void stager_gone(struct ffs_parked *p)
+{
+	struct ffs_live *l = p->data;
+
+	if (l) {
+		l->stagers--;
+		drop_if_unwanted(l);
+	}
+}
+
+/* Tree lock held, and given back while it waits: the branch of a generation that was chosen. 0 or -errno. */
+static int await_branch(struct ffs_parked *p, struct ffs_live *l, bool begun, struct ffs_error *err)
+{
+	struct ffs_fs *fs = p->fs;
+	struct take_job *job = begun ? calloc(1, sizeof(*job)) : NULL;
+
+	if (begun && !job) {
+		abort_generation(l);
+		l->taking = false;
+		return ffs_error_set(err, ENOMEM, "no memory");
+	}
+	l->stagers++;
+	p->data = l;
+	p->gone = stager_gone;
+	if (begun) {
+		job->live = ffs_live_ref(l);
+		pthread_mutex_unlock(&fs->lock);
+		run_take(&job->work);
+		pthread_mutex_lock(&fs->lock);
+	}
+	while (l->taking && !p->claimed)
+		pthread_cond_wait(&fs->live_taken, &fs->lock);
+	/* an interrupt has counted itself out */
+	if (!p->claimed)
+		l->stagers--;
+	p->data = NULL;
+	p->gone = NULL;
+	if (p->claimed)
+		return -EINTR;
+	if (l->shot && l->gen)
+		return 0;
+	return l->why.code ? ffs_error_set(err, l->why.code, "%s", l->why.text)
+			   : ffs_error_set(err, ESRCH, "sandbox '%s' was detached", l->sbx->name);
+}
+
+int ffs_live_begin_payload(
+	struct ffs_task *t, struct ffs_live **out, struct ffs_shot **shot, struct ffs_error *err)
+{
+	struct ffs_fs *fs = t->call.fs;
+	struct ffs_handle *h = t->handle;
+	struct ffs_live *l = NULL;
+	bool begun = false;
+
+	pthread_mutex_lock(&fs->lock);
+	int r = t->p->claimed ? -EINTR : -check_sandbox(&t->call, t->node, err);
+
+	if (!r)
+		r = -choose(&t->call, t->node, FFS_RETRY_NONE, &l, &begun, err);
+	if (r < 0) {
+		pthread_mutex_unlock(&fs->lock);
+		return r;
+	}
+	ffs_live_ref(l);
+	r = await_branch(t->p, l, begun, err);
+	/* open in its generation as long as the handle is */
+	if (!l->gen || h->released || h->counted) {
+		if (l->gen)
+			ffs_gen_close(l->gen, ffs_now_ns());
+	} else {
+		h->live = ffs_live_ref(l);
+		h->counted = true;
+	}
+	if (r < 0) {
+		ffs_live_end_payload(l, h->counted);
+		ffs_live_unref(l);
+	} else {
+		*out = l;
+		*shot = ffs_shot_ref(l->shot);
+	}
+	pthread_mutex_unlock(&fs->lock);
+	return r;
+}
+
+void ffs_live_end_payload(struct ffs_live *l, unsigned handles)
+{
+	bool staged = l->fork->n_staged != 0;
+
+	if (!l->gen)
+		return;
+	ffs_gen_staged(l->gen, staged);
+	/* a snapshot that was taken for a payload which did not come is nobody's "now" */
+	if (!l->gen->opened && l->gen->handles <= handles && ffs_list_empty(&l->openers) && !l->stagers)
+		ffs_gen_fail(l->gen);
+}
+
+struct ffs_live *ffs_live_of_payload(struct ffs_call *call, struct ffs_node *node)
+{
+	char key[80];
+	struct ffs_gen *g = key_of(node, &call->who, key)
+				    ? ffs_gen_peek(node->sbx->gens, key, FFS_GEN_MAILBOX,
+					      ffs_caller_who(&call->who), ffs_now_ns())
+				    : NULL;
+
+	return g ? g->data : NULL;
 }

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "base/util.h"
+#include "fork.h"
 
 #define BUCKETS 4096
 
@@ -56,6 +57,16 @@ static const struct {
 	[FFS_KIND_NAMED_WAIT] = {"wait", S_IFREG, 0400, FFS_KIND_NAMED, true},
 	[FFS_KIND_DISKS] = {"disks", S_IFDIR, 0500, FFS_KIND_NAMED, true},
 	[FFS_KIND_DISK] = {"", S_IFREG, 0400, FFS_KIND_NAMED, false},
+	[FFS_KIND_FORKS] = {"forks", S_IFDIR, 0700, FFS_KIND_FORKS, true},
+	[FFS_KIND_FORK] = {"", S_IFDIR, 0700, FFS_KIND_FORK, false},
+	[FFS_KIND_FORK_MEMORY] = {"memory.bin", S_IFREG, 0600, FFS_KIND_FORK, false},
+	[FFS_KIND_FORK_VMSTATE] = {"vmstate", S_IFREG, 0400, FFS_KIND_FORK, false},
+	[FFS_KIND_FORK_MANIFEST] = {"manifest.json", S_IFREG, 0400, FFS_KIND_FORK, true},
+	[FFS_KIND_FORK_STATUS] = {"status", S_IFREG, 0400, FFS_KIND_FORK, true},
+	[FFS_KIND_FORK_BOXES] = {"mailboxes", S_IFDIR, 0700, FFS_KIND_FORK_BOXES, true},
+	[FFS_KIND_SBX_BOXES] = {"mailboxes", S_IFDIR, 0700, FFS_KIND_SBX_BOXES, false},
+	[FFS_KIND_SBX_BOX] = {"", S_IFREG, 0600, FFS_KIND_SBX_BOXES, false},
+	[FFS_KIND_FORK_BOX] = {"", S_IFREG, 0600, FFS_KIND_FORK_BOXES, false},
 };
 
 bool ffs_kind_is_dir(enum ffs_kind kind)
@@ -72,7 +83,24 @@ bool ffs_kind_is_live_file(enum ffs_kind kind)
 bool ffs_kind_is_data(enum ffs_kind kind)
 {
 	return ffs_kind_is_live_file(kind) || kind == FFS_KIND_NAMED_MEMORY ||
-	       kind == FFS_KIND_NAMED_VMSTATE || kind == FFS_KIND_NAMED_MANIFEST || kind == FFS_KIND_DISK;
+	       kind == FFS_KIND_NAMED_VMSTATE || kind == FFS_KIND_NAMED_MANIFEST || kind == FFS_KIND_DISK ||
+	       kind == FFS_KIND_FORK_MEMORY || kind == FFS_KIND_FORK_VMSTATE || kind == FFS_KIND_FORK_MANIFEST;
+}
+
+bool ffs_kind_is_manifest(enum ffs_kind kind)
+{
+	return kind == FFS_KIND_LIVE_MANIFEST || kind == FFS_KIND_NAMED_MANIFEST ||
+	       kind == FFS_KIND_FORK_MANIFEST;
+}
+
+bool ffs_kind_is_boxes(enum ffs_kind kind)
+{
+	return kind == FFS_KIND_FORK_BOXES || kind == FFS_KIND_SBX_BOXES;
+}
+
+bool ffs_kind_is_box(enum ffs_kind kind)
+{
+	return kind == FFS_KIND_FORK_BOX || kind == FFS_KIND_SBX_BOX;
 }
 
 bool ffs_kind_is_ctl(enum ffs_kind kind)
@@ -122,25 +150,32 @@ static bool same_key(const struct ffs_node_key *a, const struct ffs_node_key *b)
 	return !a->key || strcmp(a->key, b->key) == 0;
 }
 
-/* The number must be the same for all nodes of a name, and differ between names: 32 kinds per object, and for
+/* The number must be the same for all nodes of a name, and differ between names: 64 kinds per object, and for
  * branch@KEY and for a disk a number derived from the key in the upper half of the space. */
 uint64_t ffs_ino(enum ffs_kind kind, uint64_t serial, const char *key)
 {
 	if (kind == FFS_KIND_ROOT)
 		return FUSE_ROOT_ID;
-	uint64_t base = serial * 32;
+	uint64_t base = serial * 64;
 
 	if (key)
-		base = (hash_text(mix(0, serial), key) & 0x3fffffffffffffe0ull) | 0x4000000000000000ull;
+		base = (hash_text(mix(0, serial), key) & 0x3fffffffffffffc0ull) | 0x4000000000000000ull;
 	return base + (uint64_t)kind + 1;
+}
+
+static uint64_t serial_of(
+	const struct ffs_sbx *sbx, const struct ffs_named *named, const struct ffs_fork *fork)
+{
+	return fork ? fork->serial : named ? named->serial : sbx ? sbx->serial : 0;
 }
 
 uint64_t ffs_node_dir_ino(const struct ffs_node *n)
 {
 	enum ffs_kind dir = kinds[n->key.kind].dir;
-	const char *key = n->key.kind == FFS_KIND_DISK ? NULL : n->key.key;
+	const char *key =
+		n->key.kind == FFS_KIND_DISK || ffs_kind_is_box(n->key.kind) ? NULL : n->key.key;
 
-	return ffs_ino(dir, n->named ? n->named->serial : n->sbx ? n->sbx->serial : 0, key);
+	return ffs_ino(dir, serial_of(n->sbx, n->named, n->fork), key);
 }
 
 /* ---- table
@@ -216,6 +251,7 @@ static void free_node(struct ffs_fs *fs, struct ffs_nodes *t, struct ffs_node *n
 	if (n->pass_opens && fs)
 		ffs_passthrough_close(&fs->pass, n->backing_id);
 	ffs_live_unref(n->live);
+	ffs_fork_unref(n->fork);
 	ffs_named_unref(n->named);
 	ffs_sbx_unref(n->sbx);
 	free((char *)n->key.key);
@@ -238,13 +274,8 @@ struct ffs_node *ffs_node_by_id(struct ffs_fs *fs, uint64_t id)
 	return NULL;
 }
 
-static uint64_t serial_of(struct ffs_sbx *sbx, struct ffs_named *named)
-{
-	return named ? named->serial : sbx ? sbx->serial : 0;
-}
-
-struct ffs_node *ffs_node_get(struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_sbx *sbx,
-	struct ffs_named *named, struct ffs_live *live)
+static struct ffs_node *get_node(struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_sbx *sbx,
+	struct ffs_named *named, struct ffs_live *live, struct ffs_fork *fork)
 {
 	struct ffs_node *n = find_key(fs->nodes, key);
 
@@ -262,13 +293,26 @@ struct ffs_node *ffs_node_get(struct ffs_fs *fs, const struct ffs_node_key *key,
 		}
 	}
 	n->id = fs->nodes->next_id++;
-	n->ino = ffs_ino(key->kind, serial_of(sbx, named), key->key);
+	n->ino = ffs_ino(key->kind, serial_of(sbx, named, fork), key->key);
 	n->sbx = sbx ? ffs_sbx_ref(sbx) : NULL;
 	n->named = named ? ffs_named_ref(named) : NULL;
 	n->live = live ? ffs_live_ref(live) : NULL;
+	n->fork = fork ? ffs_fork_ref(fork) : NULL;
 	link_id(fs->nodes, n);
 	link_key(fs->nodes, n);
 	return n;
+}
+
+struct ffs_node *ffs_node_get(struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_sbx *sbx,
+	struct ffs_named *named, struct ffs_live *live)
+{
+	return get_node(fs, key, sbx, named, live, NULL);
+}
+
+struct ffs_node *ffs_node_get_fork(
+	struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_fork *fork)
+{
+	return get_node(fs, key, fork->named->sbx, fork->named, NULL, fork);
 }
 
 void ffs_node_bind(struct ffs_fs *fs, struct ffs_node *n, struct ffs_live *live)
@@ -324,13 +368,20 @@ static uint64_t size_of(const struct ffs_node *n)
 	case FFS_KIND_LIVE_VMSTATE:
 		return n->live ? n->live->vmstate_size : 0;
 	case FFS_KIND_NAMED_MEMORY:
+	case FFS_KIND_FORK_MEMORY:
 		return n->named->memory_size;
 	case FFS_KIND_NAMED_VMSTATE:
+	case FFS_KIND_FORK_VMSTATE:
 		return n->named->vmstate_size;
 	case FFS_KIND_DISK: {
 		int i = ffs_named_disk(n->named, n->key.key);
 
 		return i < 0 ? 0 : n->named->disks[i].size;
+	}
+	case FFS_KIND_FORK_BOX: {
+		const struct ffs_staged *staged = ffs_fork_staged(n->fork, n->key.key);
+
+		return staged ? staged->text_len : 0;
 	}
 	case FFS_KIND_LIVE_MANIFEST:
 	case FFS_KIND_NAMED_MANIFEST:
@@ -342,6 +393,8 @@ static uint64_t size_of(const struct ffs_node *n)
 
 static uint64_t time_of(const struct ffs_fs *fs, const struct ffs_node *n)
 {
+	if (n->fork)
+		return n->fork->time_ns;
 	if (n->named)
 		return n->named->time_ns;
 	if (n->live && n->live->time_ns)
@@ -361,7 +414,7 @@ static mode_t perm_of(const struct ffs_fs *fs, const struct ffs_node *n)
 	/* memory.bin stays 0600: QEMU opens it for writing to map it privately, and no write is ever accepted
 	 */
 	if (n->sbx && !n->sbx->writable && n->key.kind != FFS_KIND_LIVE_MEMORY &&
-		n->key.kind != FFS_KIND_NAMED_MEMORY)
+		n->key.kind != FFS_KIND_NAMED_MEMORY && n->key.kind != FFS_KIND_FORK_MEMORY)
 		perm &= ~(mode_t)0200;
 	return perm;
 }
@@ -369,7 +422,8 @@ static mode_t perm_of(const struct ffs_fs *fs, const struct ffs_node *n)
 void ffs_node_attr(struct ffs_fs *fs, struct ffs_node *n, struct stat *st)
 {
 	uint64_t size = size_of(n), t = time_of(fs, n);
-	bool gone = (n->sbx && n->sbx->removed) || (n->named && n->named->removed);
+	bool gone = (n->sbx && n->sbx->removed) || (n->named && n->named->removed) ||
+		    (n->fork && n->fork->removed);
 
 	*st = (struct stat){
 		.st_ino = n->ino,
@@ -392,6 +446,8 @@ double ffs_node_attr_ttl(struct ffs_fs *fs, const struct ffs_node *n)
 	case FFS_KIND_LIVE_MEMORY:
 	case FFS_KIND_LIVE_VMSTATE:
 	case FFS_KIND_LIVE_MANIFEST:
+	case FFS_KIND_FORK_BOX:
+	case FFS_KIND_SBX_BOX:
 		return 0;
 	case FFS_KIND_BRANCHES:
 		return SHORT_TTL;
@@ -412,7 +468,10 @@ double ffs_node_entry_ttl(struct ffs_fs *fs, const struct ffs_node *n)
 		    n->key.kind == FFS_KIND_DISK) &&
 		n->key.mode != FFS_MODE_DIRECT && n->named->shot && n->named->shot->state == FFS_BRANCH_READY)
 		return LONG_TTL;
-	return n->key.kind == FFS_KIND_SBX || n->key.kind == FFS_KIND_LIVE ? SHORT_TTL : 0;
+	return n->key.kind == FFS_KIND_SBX || n->key.kind == FFS_KIND_LIVE ||
+			       n->key.kind == FFS_KIND_SBX_BOXES
+		       ? SHORT_TTL
+		       : 0;
 }
 
 /* ---- what the kernel must forget
@@ -462,6 +521,8 @@ void ffs_inval_send(struct ffs_fs *fs, struct ffs_inval *inval)
 	if (inval->dir) {
 		fuse_lowlevel_notify_inval_entry(fs->se, inval->dir, ffs_kind_name(FFS_KIND_LIVE),
 			strlen(ffs_kind_name(FFS_KIND_LIVE)));
+		fuse_lowlevel_notify_inval_entry(fs->se, inval->dir, ffs_kind_name(FFS_KIND_SBX_BOXES),
+			strlen(ffs_kind_name(FFS_KIND_SBX_BOXES)));
 		fuse_lowlevel_notify_inval_entry(fs->se, FUSE_ROOT_ID, inval->name, strlen(inval->name));
 	}
 	for (unsigned i = 0; i < inval->n; i++)

@@ -31,6 +31,16 @@ enum ffs_kind {
 	FFS_KIND_NAMED_WAIT,
 	FFS_KIND_DISKS, /* branches/NAME/disks */
 	FFS_KIND_DISK,  /* a disk in it; key: its ID */
+	FFS_KIND_FORKS, /* branches/NAME/forks */
+	FFS_KIND_FORK,  /* forks/NAME; object: the fork's serial, here and in what follows */
+	FFS_KIND_FORK_MEMORY,
+	FFS_KIND_FORK_VMSTATE,
+	FFS_KIND_FORK_MANIFEST,
+	FFS_KIND_FORK_STATUS,
+	FFS_KIND_FORK_BOXES, /* forks/NAME/mailboxes */
+	FFS_KIND_SBX_BOXES,  /* SANDBOX/mailboxes */
+	FFS_KIND_SBX_BOX,    /* a mailbox in it; object: the sandbox's serial */
+	FFS_KIND_FORK_BOX,   /* a mailbox in it; key: NAME or NAME:TOKEN */
 	FFS_KIND_COUNT,
 };
 
@@ -60,6 +70,7 @@ struct ffs_node {
 	struct ffs_sbx *sbx;     /* referenced; NULL above the sandboxes */
 	struct ffs_named *named; /* referenced, or NULL */
 	struct ffs_live *live;   /* referenced, or NULL */
+	struct ffs_fork *fork;   /* referenced, or NULL */
 	uint32_t backing_id;     /* passthrough, while pass_opens > 0 */
 	unsigned pass_opens;
 	bool findable; /* in the table by its key */
@@ -75,6 +86,9 @@ struct ffs_node *ffs_node_by_id(struct ffs_fs *fs, uint64_t id);
  * lock. NULL: no memory. */
 struct ffs_node *ffs_node_get(struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_sbx *sbx,
 	struct ffs_named *named, struct ffs_live *live);
+/* The same for what belongs to a fork of a named branch. */
+struct ffs_node *ffs_node_get_fork(
+	struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_fork *fork);
 /* A node of branch/ gets its generation; its old key is free again. */
 void ffs_node_bind(struct ffs_fs *fs, struct ffs_node *n, struct ffs_live *live);
 struct ffs_node *ffs_node_ref(struct ffs_node *n);
@@ -90,6 +104,9 @@ bool ffs_kind_is_dir(enum ffs_kind kind);
 /* memory.bin, vmstate or manifest.json of branch/ or of a named branch, and its disks. */
 bool ffs_kind_is_live_file(enum ffs_kind kind);
 bool ffs_kind_is_data(enum ffs_kind kind);
+bool ffs_kind_is_box(enum ffs_kind kind); /* a mailbox, which is written and read back */
+bool ffs_kind_is_boxes(enum ffs_kind kind); /* a directory of mailboxes */
+bool ffs_kind_is_manifest(enum ffs_kind kind);
 bool ffs_kind_is_ctl(enum ffs_kind kind);
 mode_t ffs_kind_type(enum ffs_kind kind);      /* S_IFDIR or S_IFREG */
 const char *ffs_kind_name(enum ffs_kind kind); /* the file's name; "" where it is a variable one */
@@ -135,6 +152,8 @@ struct ffs_handle {
 	struct ffs_live *live; /* referenced: files of branch/ count as open in its generation */
 	bool counted;          /* in the generation */
 	struct ffs_txn *txn;   /* ctl */
+	struct ffs_box *box;   /* a mailbox */
+	struct ffs_overlay *overlay; /* referenced: over the memory that is read; NULL: none */
 	char *text;            /* a generated file's content, made anew for each read from the start */
 	size_t text_len;
 	uint64_t event_seq;         /* events: the next to read */

@@ -10,6 +10,8 @@
 
 #include "base/fault.h"
 #include "base/util.h"
+#include "box.h"
+#include "fork.h"
 #include "live.h"
 #include "named.h"
 #include "ops.h"
@@ -17,13 +19,16 @@
 static const enum ffs_kind meta_kinds[] = {
 	FFS_KIND_VERSION, FFS_KIND_CAPABILITIES, FFS_KIND_METRICS, FFS_KIND_EVENTS, FFS_KIND_META_CTL};
 static const enum ffs_kind sbx_kinds[] = {
-	FFS_KIND_SBX_STATUS, FFS_KIND_SBX_STATE, FFS_KIND_SBX_CTL, FFS_KIND_BRANCHES, FFS_KIND_LIVE};
+	FFS_KIND_SBX_STATUS, FFS_KIND_SBX_STATE, FFS_KIND_SBX_CTL, FFS_KIND_BRANCHES,
+	FFS_KIND_LIVE};
 /* manifest.json last: reading it waits for the capture, and cp -r takes the order of the listing */
 static const enum ffs_kind live_kinds[] = {
 	FFS_KIND_LIVE_MEMORY, FFS_KIND_LIVE_VMSTATE, FFS_KIND_LIVE_MANIFEST};
 static const enum ffs_kind named_kinds[] = {FFS_KIND_NAMED_MEMORY, FFS_KIND_NAMED_VMSTATE,
-	FFS_KIND_NAMED_STATUS, FFS_KIND_NAMED_STATE, FFS_KIND_NAMED_WAIT, FFS_KIND_DISKS,
+	FFS_KIND_NAMED_STATUS, FFS_KIND_NAMED_STATE, FFS_KIND_NAMED_WAIT, FFS_KIND_DISKS, FFS_KIND_FORKS,
 	FFS_KIND_NAMED_MANIFEST};
+static const enum ffs_kind fork_kinds[] = {FFS_KIND_FORK_MEMORY, FFS_KIND_FORK_VMSTATE, FFS_KIND_FORK_BOXES,
+	FFS_KIND_FORK_STATUS, FFS_KIND_FORK_MANIFEST};
 
 /* The files and directories with fixed names in a directory. */
 static unsigned children(const struct ffs_fs *fs, const struct ffs_node *dir, const enum ffs_kind **out)
@@ -42,6 +47,9 @@ static unsigned children(const struct ffs_fs *fs, const struct ffs_node *dir, co
 	case FFS_KIND_NAMED:
 		*out = named_kinds;
 		return FFS_ARRAY_LEN(named_kinds);
+	case FFS_KIND_FORK:
+		*out = fork_kinds;
+		return FFS_ARRAY_LEN(fork_kinds);
 	default:
 		return 0;
 	}
@@ -79,6 +87,29 @@ static struct ffs_node *get_named_file(struct ffs_call *call, enum ffs_kind kind
 		 ffs_shot_is_file(named->shot, kind == FFS_KIND_NAMED_MEMORY))
 		key.mode = FFS_MODE_PASS;
 	return ffs_node_get(fs, &key, named->sbx, named, NULL);
+}
+
+static struct ffs_node *get_fork_file(struct ffs_call *call, enum ffs_kind kind, struct ffs_fork *fork)
+{
+	struct ffs_fs *fs = call->fs;
+	struct ffs_node_key key = {.kind = kind, .object = fork->serial};
+
+	if ((kind == FFS_KIND_FORK_MEMORY || kind == FFS_KIND_FORK_VMSTATE) &&
+		ffs_retry_peek(fs, call->who.tid, ffs_ino(kind, fork->serial, NULL)) == FFS_RETRY_WRITER)
+		key.mode = FFS_MODE_DIRECT;
+	return ffs_node_get_fork(fs, &key, fork);
+}
+
+static int find_fork(struct ffs_fs *fs, struct ffs_named *named, const char *name, struct ffs_node **out)
+{
+	struct ffs_fork *f = ffs_fork_find(named, name);
+
+	if (!f)
+		return -ENOENT;
+	struct ffs_node_key key = {.kind = FFS_KIND_FORK, .object = f->serial};
+
+	*out = ffs_node_get_fork(fs, &key, f);
+	return 0;
 }
 
 /* Never for writing: such an open is refused, and asks for no node of its own. */
@@ -133,13 +164,16 @@ static int find(struct ffs_call *call, struct ffs_node *dir, const char *name, s
 	const enum ffs_kind *kinds = NULL;
 	unsigned n = children(fs, dir, &kinds);
 
-	if ((dir->sbx && dir->sbx->removed) || (dir->named && !dir->named->shot))
+	if ((dir->sbx && dir->sbx->removed) || (dir->named && !dir->named->shot) ||
+		(dir->fork && dir->fork->removed))
 		return -ENOENT;
 	for (unsigned i = 0; i < n; i++) {
 		if (strcmp(name, ffs_kind_name(kinds[i])) != 0)
 			continue;
 		if (dir->key.kind == FFS_KIND_LIVE)
 			*out = ffs_live_lookup(call, dir, (int)kinds[i]);
+		else if (dir->fork)
+			*out = get_fork_file(call, kinds[i], dir->fork);
 		else if (dir->named)
 			*out = get_named_file(call, kinds[i], dir->named);
 		else
@@ -152,6 +186,10 @@ static int find(struct ffs_call *call, struct ffs_node *dir, const char *name, s
 		return find_keyed(fs, dir, name, out);
 	if (dir->key.kind == FFS_KIND_DISKS)
 		return find_disk(fs, dir->named, name, out);
+	if (dir->key.kind == FFS_KIND_FORKS)
+		return find_fork(fs, dir->named, name, out);
+	if (ffs_kind_is_boxes(dir->key.kind))
+		return ffs_box_lookup(fs, dir, name, out);
 	if (dir->key.kind == FFS_KIND_BRANCHES) {
 		struct ffs_named *named = ffs_named_find(dir->sbx, name);
 
@@ -231,13 +269,7 @@ void ffs_op_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 /* ---- listings: made at opendir, so that one listing is consistent
  * ------------------------------------------------------------- */
 
-struct listing {
-	struct ffs_dirent *entries;
-	unsigned n, room;
-	bool failed;
-};
-
-static void add(struct listing *l, const char *name, uint64_t ino, mode_t type)
+void ffs_listing_add(struct ffs_listing *l, const char *name, uint64_t ino, mode_t type)
 {
 	if (l->n == l->room) {
 		unsigned room = l->room ? l->room * 2 : 16;
@@ -258,12 +290,23 @@ static void add(struct listing *l, const char *name, uint64_t ino, mode_t type)
 		l->failed = true;
 }
 
+void ffs_listing_free(struct ffs_listing *l)
+{
+	for (unsigned i = 0; i < l->n; i++)
+		free(l->entries[i].name);
+	free(l->entries);
+	*l = (struct ffs_listing){0};
+}
+
 static uint64_t parent_ino(const struct ffs_node *dir)
 {
 	switch (dir->key.kind) {
 	case FFS_KIND_LIVE:
 	case FFS_KIND_BRANCHES:
 		return ffs_ino(FFS_KIND_SBX, dir->sbx->serial, NULL);
+	case FFS_KIND_FORK:
+		return ffs_ino(FFS_KIND_FORKS, dir->named->serial, NULL);
+	case FFS_KIND_FORKS:
 	case FFS_KIND_DISKS:
 		return ffs_ino(FFS_KIND_NAMED, dir->named->serial, NULL);
 	case FFS_KIND_NAMED:
@@ -274,38 +317,70 @@ static uint64_t parent_ino(const struct ffs_node *dir)
 }
 
 /* Tree lock held. */
-static void list(struct ffs_fs *fs, struct ffs_node *dir, struct listing *l)
+static void list(struct ffs_fs *fs, struct ffs_node *dir, struct ffs_listing *l)
 {
 	const enum ffs_kind *kinds = NULL;
 	unsigned n = children(fs, dir, &kinds);
-	uint64_t serial = dir->named ? dir->named->serial : dir->sbx ? dir->sbx->serial : 0;
+	uint64_t serial = dir->fork ? dir->fork->serial : dir->named ? dir->named->serial : dir->sbx ? dir->sbx->serial : 0;
 
-	add(l, ".", dir->ino, S_IFDIR);
-	add(l, "..", parent_ino(dir), S_IFDIR);
-	if ((dir->sbx && dir->sbx->removed) || (dir->named && !dir->named->shot))
+	ffs_listing_add(l, ".", dir->ino, S_IFDIR);
+	ffs_listing_add(l, "..", parent_ino(dir), S_IFDIR);
+	if ((dir->sbx && dir->sbx->removed) || (dir->named && !dir->named->shot) ||
+		(dir->fork && dir->fork->removed))
 		return;
 	for (unsigned i = 0; i < n; i++)
-		add(l, ffs_kind_name(kinds[i]), ffs_ino(kinds[i], serial, dir->key.key),
+		ffs_listing_add(l, ffs_kind_name(kinds[i]), ffs_ino(kinds[i], serial, dir->key.key),
 			ffs_kind_type(kinds[i]));
 	if (dir->key.kind == FFS_KIND_ROOT) {
-		add(l, ffs_kind_name(FFS_KIND_META), ffs_ino(FFS_KIND_META, 0, NULL), S_IFDIR);
+		ffs_listing_add(l, ffs_kind_name(FFS_KIND_META), ffs_ino(FFS_KIND_META, 0, NULL), S_IFDIR);
 		for (struct ffs_list *e = fs->sandboxes.next; e != &fs->sandboxes; e = e->next) {
 			struct ffs_sbx *s = ffs_container(e, struct ffs_sbx, link);
 
 			if (!hidden(s))
-				add(l, s->name, ffs_ino(FFS_KIND_SBX, s->serial, NULL), S_IFDIR);
+				ffs_listing_add(l, s->name, ffs_ino(FFS_KIND_SBX, s->serial, NULL), S_IFDIR);
+		}
+	} else if (dir->key.kind == FFS_KIND_FORKS) {
+		for (struct ffs_list *e = dir->named->forks.next; e != &dir->named->forks; e = e->next) {
+			struct ffs_fork *f = ffs_container(e, struct ffs_fork, link);
+
+			ffs_listing_add(l, f->name, ffs_ino(FFS_KIND_FORK, f->serial, NULL), S_IFDIR);
 		}
 	} else if (dir->key.kind == FFS_KIND_DISKS) {
 		for (unsigned i = 0; i < dir->named->n_disks; i++)
-			add(l, dir->named->disks[i].id,
+			ffs_listing_add(l, dir->named->disks[i].id,
 				ffs_ino(FFS_KIND_DISK, serial, dir->named->disks[i].id), S_IFREG);
 	} else if (dir->key.kind == FFS_KIND_BRANCHES) {
 		for (struct ffs_list *e = dir->sbx->branches.next; e != &dir->sbx->branches; e = e->next) {
 			struct ffs_named *b = ffs_container(e, struct ffs_named, link);
 
 			if (b->shot)
-				add(l, b->name, ffs_ino(FFS_KIND_NAMED, b->serial, NULL), S_IFDIR);
+				ffs_listing_add(l, b->name, ffs_ino(FFS_KIND_NAMED, b->serial, NULL), S_IFDIR);
 		}
+	}
+}
+
+void ffs_reply_listing(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller *who, struct ffs_node *dir,
+	int flags, struct ffs_listing *l)
+{
+	struct fuse_file_info fi = {.flags = flags};
+
+	pthread_mutex_lock(&fs->lock);
+	struct ffs_handle *h = l->failed ? NULL : ffs_handle_new(fs, dir, flags, who);
+
+	if (h) {
+		h->entries = l->entries;
+		h->n_entries = l->n;
+		*l = (struct ffs_listing){0};
+		fi.fh = h->id;
+	}
+	pthread_mutex_unlock(&fs->lock);
+	ffs_listing_free(l);
+	if (!h) {
+		fuse_reply_err(req, ENOMEM);
+	} else if (fuse_reply_open(req, &fi) != 0) {
+		pthread_mutex_lock(&fs->lock);
+		ffs_handle_unref(fs, h);
+		pthread_mutex_unlock(&fs->lock);
 	}
 }
 
@@ -313,30 +388,18 @@ void ffs_op_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
 	struct ffs_call call;
 	struct ffs_node *dir = ffs_call_begin(&call, req, ino);
-	struct listing l = {0};
+	struct ffs_listing l = {0};
 
 	if (!dir)
 		return;
-	pthread_mutex_lock(&call.fs->lock);
-	struct ffs_handle *h = ffs_handle_new(call.fs, dir, fi->flags, &call.who);
-
-	if (h) {
-		list(call.fs, dir, &l);
-		h->entries = l.entries;
-		h->n_entries = l.n;
-		fi->fh = h->id;
-		if (l.failed) {
-			ffs_handle_unref(call.fs, h);
-			h = NULL;
-		}
-	}
-	pthread_mutex_unlock(&call.fs->lock);
-	if (!h) {
-		fuse_reply_err(req, ENOMEM);
-	} else if (fuse_reply_open(req, fi) != 0) {
+	if (ffs_kind_is_boxes(dir->key.kind)) {
+		ffs_caller_of(req, &call.who);
+		ffs_box_opendir(&call, dir, fi->flags);
+	} else {
 		pthread_mutex_lock(&call.fs->lock);
-		ffs_handle_unref(call.fs, h);
+		list(call.fs, dir, &l);
 		pthread_mutex_unlock(&call.fs->lock);
+		ffs_reply_listing(call.fs, req, &call.who, dir, fi->flags, &l);
 	}
 	ffs_call_end(&call, dir);
 }
@@ -455,10 +518,12 @@ void ffs_op_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mo
 		return;
 	if (dir->key.kind == FFS_KIND_BRANCHES)
 		ffs_named_mkdir(&call, dir, name);
+	else if (dir->key.kind == FFS_KIND_FORKS)
+		ffs_fork_mkdir(&call, dir, name);
 	else
 		refuse(&call, dir, EPERM,
-			"directories are made in branches/ only (a named branch); a VM gets its directory by "
-			"attach");
+			"directories are made in branches/ (a named branch) and in a branch's forks/ only; a VM "
+			"gets its directory by attach");
 	ffs_call_end(&call, dir);
 }
 
@@ -471,9 +536,11 @@ void ffs_op_rmdir(fuse_req_t req, fuse_ino_t parent, const char *name)
 		return;
 	if (dir->key.kind == FFS_KIND_BRANCHES)
 		ffs_named_rmdir(&call, dir, name);
+	else if (dir->key.kind == FFS_KIND_FORKS)
+		ffs_fork_rmdir(&call, dir, name);
 	else
 		refuse(&call, dir, EPERM,
-			"only branches/NAME can be removed; a VM's directory goes by detach");
+			"only branches/NAME and forks/NAME can be removed; a VM's directory goes by detach");
 	ffs_call_end(&call, dir);
 }
 

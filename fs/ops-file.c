@@ -8,7 +8,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/cleanup.h"
 #include "base/util.h"
+#include "box.h"
 #include "ctl.h"
 #include "data.h"
 #include "events.h"
@@ -91,6 +93,8 @@ void ffs_op_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 		ffs_live_open(&call, node, fi->flags);
 	} else if (ffs_kind_is_data(node->key.kind)) {
 		ffs_named_open(&call, node, fi->flags);
+	} else if (ffs_kind_is_box(node->key.kind)) {
+		ffs_box_open(&call, node, fi->flags);
 	} else {
 		open_plain(&call, node, fi->flags);
 	}
@@ -119,11 +123,34 @@ void ffs_op_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
  * ---------------------------------------------------------------------------------------------------------
  */
 
+void ffs_reply_text(struct ffs_fs *fs, fuse_req_t req, struct ffs_handle *h, char *text, size_t len,
+	size_t size, uint64_t off)
+{
+	pthread_mutex_lock(&fs->lock);
+	if (text && (!off || !h->text)) {
+		free(h->text);
+		h->text = ffs_steal_ptr(&text);
+		h->text_len = len;
+	}
+	len = off >= h->text_len ? 0 : h->text_len - off < size ? h->text_len - off : size;
+	char *part = malloc(len + 1);
+
+	if (part)
+		memcpy(part, h->text + (len ? off : 0), len);
+	pthread_mutex_unlock(&fs->lock);
+	free(text);
+	if (part)
+		fuse_reply_buf(req, part, len);
+	else
+		fuse_reply_err(req, ENOMEM);
+	free(part);
+}
+
 static void read_text(struct ffs_call *call, struct ffs_handle *h, size_t size, uint64_t off)
 {
 	struct ffs_fs *fs = call->fs;
 	struct ffs_error err = {0};
-	char *text = NULL, *part = NULL;
+	char *text = NULL;
 	size_t len = 0;
 	int r = 0;
 
@@ -134,22 +161,7 @@ static void read_text(struct ffs_call *call, struct ffs_handle *h, size_t size, 
 		ffs_reply_failure(fs, call->req, &call->who, ffs_node_dir_ino(h->node), -r, &err);
 		return;
 	}
-	pthread_mutex_lock(&fs->lock);
-	if (text) {
-		free(h->text);
-		h->text = text;
-		h->text_len = len;
-	}
-	len = off >= h->text_len ? 0 : h->text_len - off < size ? h->text_len - off : size;
-	part = malloc(len + 1);
-	if (part)
-		memcpy(part, h->text + (len ? off : 0), len);
-	pthread_mutex_unlock(&fs->lock);
-	if (part)
-		fuse_reply_buf(call->req, part, len);
-	else
-		fuse_reply_err(call->req, ENOMEM);
-	free(part);
+	ffs_reply_text(fs, call->req, h, text, len, size, off);
 }
 
 void ffs_op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi)
@@ -164,7 +176,9 @@ void ffs_op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct 
 	if (h) {
 		enum ffs_kind kind = h->node->key.kind;
 
-		if (h->shot)
+		if (h->box)
+			ffs_box_read(&call, h, size, (uint64_t)off);
+		else if (h->shot)
 			ffs_data_read(&call, h, size, (uint64_t)off, fi->flags);
 		else if (ffs_text_kind(kind))
 			read_text(&call, h, size, (uint64_t)off);
@@ -194,6 +208,8 @@ void ffs_op_write(
 
 	if (h && h->txn) {
 		ffs_ctl_write(&call, node, h, buf, size);
+	} else if (h && h->box) {
+		ffs_box_write(&call, node, h, buf, size, (uint64_t)off);
 	} else if (h) {
 		ffs_error_set(&err, EPERM, "%s of a branch never changes", ffs_kind_name(node->key.kind));
 		ffs_reply_failure(call.fs, req, &call.who, ffs_node_dir_ino(node), EPERM, &err);
@@ -205,7 +221,23 @@ void ffs_op_write(
 
 void ffs_op_flush(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
-	fuse_reply_err(req, 0);
+	struct ffs_call call;
+	struct ffs_node *node = ffs_call_begin(&call, req, ino);
+
+	if (!node)
+		return;
+	if (!ffs_kind_is_box(node->key.kind)) {
+		fuse_reply_err(req, 0);
+		ffs_call_end(&call, node);
+		return;
+	}
+	struct ffs_handle *h = get_handle(&call, fi);
+
+	if (h) {
+		ffs_box_flush(&call, node, h);
+		put_handle(&call, h);
+	}
+	ffs_call_end(&call, node);
 }
 
 void ffs_op_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi)

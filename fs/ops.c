@@ -12,8 +12,10 @@
 #include <sys/xattr.h>
 
 #include "base/util.h"
+#include "box.h"
 
 #define ERROR_XATTR "user.forkfs.error"
+#define TOKEN_XATTR "user.forkfs.token"
 
 struct ffs_node *ffs_call_begin(struct ffs_call *call, fuse_req_t req, fuse_ino_t ino)
 {
@@ -74,8 +76,8 @@ static void op_setattr(
 
 	if (!node)
 		return;
-	/* `echo … > ctl` truncates; a time that a write(2) sets along is nothing to us */
-	if (!to_set || (ffs_kind_is_ctl(node->key.kind) &&
+	/* `echo … > ctl` and `> mailboxes/NAME` truncate; a time that a write(2) sets along is nothing to us */
+	if (!to_set || ((ffs_kind_is_ctl(node->key.kind) || ffs_kind_is_box(node->key.kind)) &&
 			       !(to_set & (FUSE_SET_ATTR_MODE | FUSE_SET_ATTR_UID | FUSE_SET_ATTR_GID)))) {
 		pthread_mutex_lock(&call.fs->lock);
 		ffs_node_attr(call.fs, node, &st);
@@ -106,7 +108,20 @@ static void op_create(
 
 static void op_unlink(fuse_req_t req, fuse_ino_t parent, const char *name)
 {
-	refuse(req, parent, EPERM, "files of the tree can't be removed; rmdir removes a whole branch");
+	struct ffs_call call;
+	struct ffs_node *dir = ffs_call_begin(&call, req, parent);
+	struct ffs_error err = {0};
+
+	if (!dir)
+		return;
+	if (ffs_kind_is_boxes(dir->key.kind)) {
+		ffs_caller_of(req, &call.who);
+		ffs_box_unlink(&call, dir, name);
+	} else {
+		ffs_error_set(&err, EPERM, "files of the tree can't be removed; rmdir removes a whole branch");
+		ffs_reply_failure(call.fs, req, &call.who, ffs_node_dir_ino(dir), EPERM, &err);
+	}
+	ffs_call_end(&call, dir);
 }
 
 static void op_symlink(fuse_req_t req, const char *link, fuse_ino_t parent, const char *name)
@@ -185,7 +200,15 @@ static void op_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t
 
 	if (!node)
 		return;
-	if (strcmp(name, ERROR_XATTR) != 0 || sentence(&call, node, text) < 0)
+	if (ffs_kind_is_box(node->key.kind) && strcmp(name, TOKEN_XATTR) == 0) {
+		ffs_caller_of(req, &call.who);
+		ssize_t n = ffs_box_get_token(&call, node, text);
+
+		if (n < 0)
+			fuse_reply_err(req, (int)-n);
+		else
+			reply_bytes(req, text, (size_t)n, size);
+	} else if (strcmp(name, ERROR_XATTR) != 0 || sentence(&call, node, text) < 0)
 		fuse_reply_err(req, ENODATA);
 	else
 		reply_bytes(req, text, strlen(text), size);
@@ -209,12 +232,36 @@ static void op_listxattr(fuse_req_t req, fuse_ino_t ino, size_t size)
 static void op_setxattr(
 	fuse_req_t req, fuse_ino_t ino, const char *name, const char *value, size_t size, int flags)
 {
-	refuse(req, ino, strcmp(name, ERROR_XATTR) == 0 ? EPERM : EOPNOTSUPP, NULL);
+	struct ffs_call call;
+	struct ffs_node *node = ffs_call_begin(&call, req, ino);
+	struct ffs_error err = {0};
+	int code = strcmp(name, ERROR_XATTR) == 0 ? EPERM : EOPNOTSUPP;
+
+	if (!node)
+		return;
+	if (ffs_kind_is_box(node->key.kind) && strcmp(name, TOKEN_XATTR) == 0) {
+		ffs_caller_of(req, &call.who);
+		code = ffs_box_set_token(&call, node, value, size, &err);
+	}
+	ffs_reply_failure(call.fs, req, &call.who, ffs_node_dir_ino(node), code, &err);
+	ffs_call_end(&call, node);
 }
 
 static void op_removexattr(fuse_req_t req, fuse_ino_t ino, const char *name)
 {
-	refuse(req, ino, strcmp(name, ERROR_XATTR) == 0 ? EPERM : ENODATA, NULL);
+	struct ffs_call call;
+	struct ffs_node *node = ffs_call_begin(&call, req, ino);
+	struct ffs_error err = {0};
+	int code = strcmp(name, ERROR_XATTR) == 0 ? EPERM : ENODATA;
+
+	if (!node)
+		return;
+	if (ffs_kind_is_box(node->key.kind) && strcmp(name, TOKEN_XATTR) == 0) {
+		ffs_caller_of(req, &call.who);
+		code = ffs_box_remove_token(&call, node);
+	}
+	ffs_reply_failure(call.fs, req, &call.who, ffs_node_dir_ino(node), code, &err);
+	ffs_call_end(&call, node);
 }
 
 const struct fuse_lowlevel_ops ffs_operations = {

@@ -25,7 +25,22 @@ void ffs_op_rmdir(fuse_req_t req, fuse_ino_t parent, const char *name);
 void ffs_op_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t newparent,
 	const char *newname, unsigned int flags);
 
+/* A listing that is being made; entries are owned. */
+struct ffs_listing {
+	struct ffs_dirent *entries;
+	unsigned n, room;
+	bool failed; /* no memory */
+};
+void ffs_listing_add(struct ffs_listing *l, const char *name, uint64_t ino, mode_t type);
+void ffs_listing_free(struct ffs_listing *l);
+/* Answer an OPENDIR with it; takes the entries over. Without the tree lock. */
+void ffs_reply_listing(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller *who, struct ffs_node *dir,
+	int flags, struct ffs_listing *l);
+
 /* ops-file.c */
+/* Answer a read of a text that was made for it (taken over): one content for all reads of a pass. */
+void ffs_reply_text(struct ffs_fs *fs, fuse_req_t req, struct ffs_handle *h, char *text, size_t len,
+	size_t size, uint64_t off);
 void ffs_op_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi);
 void ffs_op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi);
 void ffs_op_write(

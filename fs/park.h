@@ -54,6 +54,7 @@ struct ffs_task {
 	unsigned flags;
 	char *buf;
 	size_t size;
+	uint64_t offset;
 	void (*run)(struct ffs_task *t);
 };
 

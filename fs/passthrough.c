@@ -133,6 +133,7 @@ int ffs_reply_open(fuse_req_t req, uint64_t fh, enum ffs_open_how how, uint32_t 
 		out.open_flags = FOPEN_KEEP_CACHE;
 		break;
 	case FFS_OPEN_DIRECT:
+	case FFS_OPEN_FLUSHED:
 		out.open_flags = FOPEN_DIRECT_IO;
 		break;
 	case FFS_OPEN_STREAM:
@@ -143,8 +144,9 @@ int ffs_reply_open(fuse_req_t req, uint64_t fh, enum ffs_open_how how, uint32_t 
 		id = backing_id;
 		break;
 	}
-	/* close(2) has nothing to tell us, and must not fail for a file that outlives the daemon */
-	out.open_flags |= FOPEN_NOFLUSH;
+	/* the other closes have nothing to tell us, and must not fail for a file that outlives the daemon */
+	if (how != FFS_OPEN_FLUSHED)
+		out.open_flags |= FOPEN_NOFLUSH;
 	memcpy((char *)&out + sizeof(out) - sizeof(id), &id, sizeof(id));
 	return fuse_reply_buf(req, (const char *)&out, sizeof(out));
 }

@@ -31,6 +31,7 @@ void ffs_passthrough_close(struct ffs_passthrough *p, uint32_t id);
 enum ffs_open_how {
 	FFS_OPEN_CACHED, /* page cache, kept from earlier opens: content never changes */
 	FFS_OPEN_DIRECT,
+	FFS_OPEN_FLUSHED, /* direct, and told of each close: the only ones that FLUSH is sent for */
 	FFS_OPEN_STREAM, /* direct, no file position */
 	FFS_OPEN_PASS,
 };

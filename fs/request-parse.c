@@ -14,7 +14,8 @@
 #include "ctl.h"
 #include "prune.h"
 
-static int known_keys(struct json_object *o, const char *what, const char *const *keys, struct ffs_error *err)
+int ffs_request_known_keys(
+	struct json_object *o, const char *what, const char *const *keys, struct ffs_error *err)
 {
 	json_object_object_foreach(o, key, value)
 	{
@@ -29,7 +30,7 @@ static int known_keys(struct json_object *o, const char *what, const char *const
 	return 0;
 }
 
-static int get_string(struct json_object *o, const char *what, const char *key, size_t max, const char **out,
+int ffs_request_string(struct json_object *o, const char *what, const char *key, size_t max, const char **out,
 	struct ffs_error *err)
 {
 	struct json_object *v;
@@ -49,7 +50,7 @@ static int get_string(struct json_object *o, const char *what, const char *key, 
 	return 0;
 }
 
-static int get_bool(
+int ffs_request_bool(
 	struct json_object *o, const char *what, const char *key, bool *out, struct ffs_error *err)
 {
 	struct json_object *v;
@@ -66,7 +67,7 @@ static int get_name(
 	struct json_object *o, const char *what, const char *noun, char out[80], struct ffs_error *err)
 {
 	const char *name;
-	int r = get_string(o, what, "name", 255, &name, err);
+	int r = ffs_request_string(o, what, "name", 255, &name, err);
 
 	if (r < 0)
 		return r;
@@ -118,7 +119,7 @@ static int parse_disks(struct json_object *o, struct ffs_request *req, struct ff
 	json_object_object_foreach(disks, id, value)
 	{
 		const char *path;
-		int r = get_string(disks, "attach: disks", id, PATH_MAX - 1, &path, err);
+		int r = ffs_request_string(disks, "attach: disks", id, PATH_MAX - 1, &path, err);
 
 		if (r < 0)
 			return r;
@@ -147,7 +148,7 @@ static int parse_socket(struct json_object *o, struct ffs_request *req, struct f
 
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(kinds); i++) {
 		const char *key = kinds[i].key, *path;
-		int r = get_string(
+		int r = ffs_request_string(
 			o, "attach", key, sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1, &path, err);
 
 		if (r < 0)
@@ -181,16 +182,16 @@ static int parse_attach(struct json_object *o, struct ffs_request *req, struct f
 		"name", "qemu", "coop", "firecracker", "pid", "track", "force", "owner", "disks", NULL};
 	const char *owner;
 	struct json_object *pid;
-	int r = known_keys(o, "attach", keys, err);
+	int r = ffs_request_known_keys(o, "attach", keys, err);
 
 	if (!r)
 		r = get_name(o, "attach", "sandbox", req->name, err);
 	if (!r)
-		r = get_string(o, "attach", "owner", 64, &owner, err);
+		r = ffs_request_string(o, "attach", "owner", 64, &owner, err);
 	if (!r)
-		r = get_bool(o, "attach", "track", &req->track, err);
+		r = ffs_request_bool(o, "attach", "track", &req->track, err);
 	if (!r)
-		r = get_bool(o, "attach", "force", &req->force, err);
+		r = ffs_request_bool(o, "attach", "force", &req->force, err);
 	if (r < 0)
 		return r;
 	if (json_object_object_get_ex(o, "pid", &pid) && pid) {
@@ -218,7 +219,7 @@ static int parse_attach(struct json_object *o, struct ffs_request *req, struct f
 static int parse_store(struct json_object *o, const char *what, struct ffs_request *req, struct ffs_error *err)
 {
 	const char *v;
-	int r = get_string(o, what, "store", 64, &v, err);
+	int r = ffs_request_string(o, what, "store", 64, &v, err);
 
 	if (r < 0 || !v)
 		return r;
@@ -233,7 +234,7 @@ static int parse_mode(struct json_object *o, enum ffs_branch_mode *out, struct f
 {
 	static const enum ffs_branch_mode modes[] = {FFS_BRANCH_LIVE, FFS_BRANCH_DIFF, FFS_BRANCH_FULL};
 	const char *v;
-	int r = get_string(o, "branch", "mode", 64, &v, err);
+	int r = ffs_request_string(o, "branch", "mode", 64, &v, err);
 
 	if (r < 0 || !v)
 		return r;
@@ -268,10 +269,10 @@ static int parse_branch(struct json_object *o, struct ffs_request *req, struct f
 		"name", "mode", "store", "wait", "disks", "max_rate", "force", "key", NULL};
 	const char *key = NULL;
 	bool disks = true;
-	int r = known_keys(o, "branch", keys, err);
+	int r = ffs_request_known_keys(o, "branch", keys, err);
 
 	if (!r)
-		r = get_string(o, "branch", "key", FFS_KEY_MAX, &key, err);
+		r = ffs_request_string(o, "branch", "key", FFS_KEY_MAX, &key, err);
 	if (!r && key && (!*key || json_object_object_get_ex(o, "name", NULL)))
 		return ffs_error_set(err, EINVAL,
 			"branch: 'key' is not empty and stands in place of 'name': a cached branch is named "
@@ -285,11 +286,11 @@ static int parse_branch(struct json_object *o, struct ffs_request *req, struct f
 	if (!r)
 		r = parse_store(o, "branch", req, err);
 	if (!r)
-		r = get_bool(o, "branch", "wait", &req->wait, err);
+		r = ffs_request_bool(o, "branch", "wait", &req->wait, err);
 	if (!r)
-		r = get_bool(o, "branch", "disks", &disks, err);
+		r = ffs_request_bool(o, "branch", "disks", &disks, err);
 	if (!r)
-		r = get_bool(o, "branch", "force", &req->force, err);
+		r = ffs_request_bool(o, "branch", "force", &req->force, err);
 	req->without_disks = !disks;
 	if (!r && key && !(req->key = strdup(key)))
 		r = ffs_error_set(err, ENOMEM, "no memory");
@@ -300,12 +301,12 @@ static int parse_adopt(struct json_object *o, struct ffs_request *req, struct ff
 {
 	static const char *const keys[] = {"name", "branch", NULL};
 	const char *branch;
-	int r = known_keys(o, "adopt", keys, err);
+	int r = ffs_request_known_keys(o, "adopt", keys, err);
 
 	if (!r)
 		r = get_name(o, "adopt", "sandbox", req->name, err);
 	if (!r)
-		r = get_string(o, "adopt", "branch", 255, &branch, err);
+		r = ffs_request_string(o, "adopt", "branch", 255, &branch, err);
 	if (!r)
 		r = ffs_check_name("branch", branch ? branch : "", err);
 	if (!r)
@@ -316,7 +317,7 @@ static int parse_adopt(struct json_object *o, struct ffs_request *req, struct ff
 static int parse_convert(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
 	static const char *const keys[] = {"name", "store", NULL};
-	int r = known_keys(o, "convert", keys, err);
+	int r = ffs_request_known_keys(o, "convert", keys, err);
 
 	if (!r)
 		r = get_name(o, "convert", "branch", req->name, err);
@@ -327,7 +328,8 @@ static int parse_convert(struct json_object *o, struct ffs_request *req, struct 
 	return r;
 }
 
-int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req, struct ffs_error *err)
+int ffs_request_parse(struct json_object *o, bool root, struct ffs_span raw, struct ffs_request *req,
+	struct ffs_error *err)
 {
 	static const char *const none[] = {NULL}, *const only_name[] = {"name", NULL};
 	const char *verb = NULL;
@@ -342,7 +344,7 @@ int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req,
 	}
 	if (n != 1)
 		return ffs_error_set(err, EINVAL, "a request has exactly one key: %s",
-			root ? "attach, detach, adopt or shutdown" : "branch or convert");
+			root ? "attach, detach, adopt or shutdown" : "branch, fork or convert");
 	if (!json_object_is_type(arg, json_type_object))
 		return ffs_error_set(err, EINVAL, "'%.64s' takes an object", verb);
 	if (root && strcmp(verb, "attach") == 0) {
@@ -350,14 +352,14 @@ int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req,
 		return parse_attach(arg, req, err);
 	}
 	if (root && strcmp(verb, "detach") == 0) {
-		int r = known_keys(arg, "detach", only_name, err);
+		int r = ffs_request_known_keys(arg, "detach", only_name, err);
 
 		req->kind = FFS_REQ_DETACH;
 		return r < 0 ? r : get_name(arg, "detach", "sandbox", req->name, err);
 	}
 	if (root && strcmp(verb, "shutdown") == 0) {
 		req->kind = FFS_REQ_SHUTDOWN;
-		return known_keys(arg, "shutdown", none, err);
+		return ffs_request_known_keys(arg, "shutdown", none, err);
 	}
 	if (root && strcmp(verb, "adopt") == 0) {
 		req->kind = FFS_REQ_ADOPT;
@@ -371,7 +373,11 @@ int ffs_request_parse(struct json_object *o, bool root, struct ffs_request *req,
 		req->kind = FFS_REQ_CONVERT;
 		return parse_convert(arg, req, err);
 	}
+	if (!root && strcmp(verb, "fork") == 0) {
+		req->kind = FFS_REQ_FORK;
+		return ffs_request_parse_fork(arg, raw, req, err);
+	}
 	return ffs_error_set(err, EINVAL, "there is no request '%.64s' here: %s", verb,
 		root ? ".forkfs/ctl takes attach, detach, adopt, shutdown"
-		     : "a sandbox's ctl takes branch, convert");
+		     : "a sandbox's ctl takes branch, fork, convert");
 }

@@ -18,6 +18,7 @@
 #include "ctl.h"
 #include "durable.h"
 #include "events.h"
+#include "fork.h"
 #include "guard.h"
 #include "keyed.h"
 #include "named.h"
@@ -61,6 +62,12 @@ void ffs_request_free_strings(struct ffs_request *req)
 		free((char *)req->disks[i].path);
 	}
 	free(req->disks);
+	for (unsigned i = 0; i < req->n_boxes; i++) {
+		free(req->boxes[i].name);
+		free(req->boxes[i].token);
+		free(req->boxes[i].payload);
+	}
+	free(req->boxes);
 }
 
 static int admit_branch(
@@ -97,12 +104,14 @@ static int admit_convert(struct ffs_sbx *sbx, struct ffs_request *req, struct ff
 }
 
 int ffs_request_admit(struct ffs_fs *fs, struct ffs_sbx *sbx, const struct ffs_caller *who,
-	struct json_object *o, struct ffs_request *out, struct ffs_error *err)
+	struct json_object *o, struct ffs_span raw, struct ffs_request *out, struct ffs_error *err)
 {
 	struct ffs_request req = {0};
-	int r = ffs_request_parse(o, !sbx, &req, err);
+	int r = ffs_request_parse(o, !sbx, raw, &req, err);
 
-	if (!r) {
+	if (!r && req.kind == FFS_REQ_FORK) {
+		r = ffs_request_admit_fork(sbx, who, &req, err);
+	} else if (!r) {
 		pthread_mutex_lock(&fs->lock);
 		if (req.kind == FFS_REQ_ATTACH)
 			r = ffs_attach_admit(fs, &req, err);
@@ -126,6 +135,7 @@ void ffs_request_clear(struct ffs_fs *fs, struct ffs_request *req)
 {
 	ffs_sbx_unref(req->sbx);
 	ffs_named_unref(req->named);
+	ffs_fork_unref(req->fork);
 	ffs_request_free_strings(req);
 	*req = (struct ffs_request){0};
 }
@@ -353,6 +363,9 @@ void ffs_request_run(struct ffs_txn *t)
 		break;
 	case FFS_REQ_CONVERT:
 		ffs_convert_run(t, req);
+		break;
+	case FFS_REQ_FORK:
+		ffs_request_run_fork(t, req);
 		break;
 	}
 }

@@ -18,6 +18,7 @@
 #include "ctl.h"
 #include "durable.h"
 #include "events.h"
+#include "fork.h"
 
 void ffs_rfc3339(uint64_t wall_ns, char out[40])
 {
@@ -271,6 +272,28 @@ struct json_object *ffs_named_status(struct ffs_fs *fs, struct ffs_named *named)
 	return o;
 }
 
+struct json_object *ffs_fork_status(struct ffs_fs *fs, struct ffs_fork *f)
+{
+	struct json_object *o = NULL;
+
+	pthread_mutex_lock(&fs->lock);
+	const struct ffs_named *n = f->named;
+
+	if (n->shot && !f->removed) {
+		o = ffs_fork_json(f);
+		json_object_object_add(o, "sandbox", json_object_new_string(n->sbx->name));
+		json_object_object_add(o, "branch", json_object_new_string(n->name));
+		json_object_object_add(o, "branch_id", json_object_new_string(ffs_shot_id(n->shot)));
+		json_object_object_add(
+			o, "state", json_object_new_string(ffs_branch_state_name(n->shot->state)));
+		json_object_object_add(o, "memory_bytes", json_object_new_uint64(n->memory_size));
+		/* its memory is no file that the kernel could serve by itself */
+		json_object_object_add(o, "serving", json_object_new_string("daemon"));
+	}
+	pthread_mutex_unlock(&fs->lock);
+	return o;
+}
+
 static int make_named_state(struct ffs_fs *fs, struct ffs_node *node, char **text)
 {
 	pthread_mutex_lock(&fs->lock);
@@ -299,7 +322,7 @@ bool ffs_text_kind(enum ffs_kind kind)
 {
 	return kind == FFS_KIND_VERSION || kind == FFS_KIND_CAPABILITIES || kind == FFS_KIND_METRICS ||
 	       kind == FFS_KIND_SBX_STATUS || kind == FFS_KIND_SBX_STATE || kind == FFS_KIND_NAMED_STATUS ||
-	       kind == FFS_KIND_NAMED_STATE;
+	       kind == FFS_KIND_NAMED_STATE || kind == FFS_KIND_FORK_STATUS;
 }
 
 int ffs_text_make(struct ffs_fs *fs, struct ffs_node *node, char **text, size_t *len, struct ffs_error *err)
@@ -326,6 +349,10 @@ int ffs_text_make(struct ffs_fs *fs, struct ffs_node *node, char **text, size_t 
 		break;
 	case FFS_KIND_NAMED_STATUS:
 		o = ffs_named_status(fs, node->named);
+		n = o ? from_json(o, text) : -ENOENT;
+		break;
+	case FFS_KIND_FORK_STATUS:
+		o = ffs_fork_status(fs, node->fork);
 		n = o ? from_json(o, text) : -ENOENT;
 		break;
 	case FFS_KIND_NAMED_STATE:
@@ -358,6 +385,7 @@ unsigned ffs_handle_revents(struct ffs_fs *fs, const struct ffs_handle *h)
 		return ffs_txn_revents(h->txn);
 	case FFS_KIND_LIVE_MANIFEST:
 	case FFS_KIND_NAMED_MANIFEST:
+	case FFS_KIND_FORK_MANIFEST:
 		return h->shot && h->shot->state == FFS_BRANCH_WRITING ? 0 : POLLIN | POLLRDNORM;
 	default:
 		return POLLIN | POLLRDNORM | POLLOUT | POLLWRNORM;

@@ -11,5 +11,7 @@ int ffs_text_make(struct ffs_fs *fs, struct ffs_node *node, char **text, size_t 
 bool ffs_text_kind(enum ffs_kind kind);
 /* Status of a named branch as a new JSON object. Without the tree lock. */
 struct json_object *ffs_named_status(struct ffs_fs *fs, struct ffs_named *named);
+/* Status of a fork as a new JSON object; NULL: it was removed. Without the tree lock. */
+struct json_object *ffs_fork_status(struct ffs_fs *fs, struct ffs_fork *f);
 /* Tree lock held: POLLIN, POLLERR … of an open file. */
 unsigned ffs_handle_revents(struct ffs_fs *fs, const struct ffs_handle *h);

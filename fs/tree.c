@@ -15,9 +15,11 @@
 
 #include "base/log.h"
 #include "base/util.h"
+#include "box.h"
 #include "data.h"
 #include "durable.h"
 #include "events.h"
+#include "fork.h"
 #include "park.h"
 
 /* ---- shots
@@ -52,6 +54,7 @@ static void free_shot(struct ffs_work *w)
 	pthread_mutex_lock(&fs->lock);
 	ffs_sbx_unref(s->sbx);
 	pthread_mutex_unlock(&fs->lock);
+	ffs_mailbox_frames_free(&s->frames);
 	free(s->manifest);
 	free(s);
 }
@@ -276,6 +279,13 @@ struct ffs_live *ffs_live_new(struct ffs_sbx *sbx, const char *key)
 	}
 	l->refs = 1;
 	l->serial = sbx->fs->next_serial++;
+	l->fork = ffs_fork_new(sbx->fs, NULL, "");
+	if (!l->fork) {
+		ffs_cancel_unref(l->cancel);
+		free(l->key);
+		free(l);
+		return NULL;
+	}
 	l->sbx = ffs_sbx_ref(sbx);
 	l->taking = true;
 	ffs_list_init(&l->openers);
@@ -295,6 +305,7 @@ void ffs_live_unref(struct ffs_live *l)
 	if (l->shot)
 		l->shot->live = NULL;
 	ffs_shot_unref(l->shot);
+	ffs_fork_unref(l->fork);
 	ffs_cancel_unref(l->cancel);
 	ffs_sbx_unref(l->sbx);
 	free(l->key);
@@ -341,6 +352,7 @@ struct ffs_named *ffs_named_new(struct ffs_sbx *sbx, const char *name)
 	n->sbx = ffs_sbx_ref(sbx);
 	n->time_ns = ffs_wall_ns();
 	ffs_list_init(&n->waits);
+	ffs_list_init(&n->forks);
 	ffs_list_add(&sbx->branches, &n->link);
 	sbx->n_branches++;
 	return n;
@@ -390,6 +402,7 @@ void ffs_named_remove(struct ffs_named *n)
 		return;
 	n->removed = true;
 	n->shot = NULL;
+	ffs_forks_drop(n);
 	ffs_list_del(&n->link);
 	n->sbx->n_branches--;
 	n->sbx->changed_ns = ffs_wall_ns();
@@ -483,6 +496,7 @@ struct ffs_sbx *ffs_sbx_new(struct ffs_fs *fs, const char *name)
 	s->writable = true;
 	s->attached_ns = s->changed_ns = ffs_wall_ns();
 	ffs_list_init(&s->branches);
+	ffs_list_init(&s->tokens);
 	return s;
 }
 
@@ -520,6 +534,8 @@ void ffs_sbx_unref(struct ffs_sbx *sbx)
 		close(sbx->pidfd);
 	if (sbx->engine)
 		ffs_sandbox_unref(sbx->engine);
+	ffs_tokens_free(&sbx->tokens);
+	ffs_mailbox_frames_free(&sbx->frames);
 	free(sbx->last_status);
 	free(sbx);
 }

@@ -31,6 +31,7 @@ int ffs_cmd_detach(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_ls(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_status(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv);
+int ffs_cmd_fork(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_wait(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_rm(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv);

@@ -147,7 +147,8 @@ int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv)
 
 typedef int (*target_fn)(const struct ffs_tree *t, const struct ffs_target *target, struct ffs_error *err);
 
-static int each_target(const struct ffs_command *self, int argc, char **argv, target_fn fn)
+static int each_target(const struct ffs_command *self, int argc, char **argv, enum ffs_target_kind kind,
+	target_fn fn)
 {
 	bool help = false;
 	const char *mount = NULL;
@@ -170,7 +171,7 @@ static int each_target(const struct ffs_command *self, int argc, char **argv, ta
 	for (int i = 0; i < n; i++) {
 		struct ffs_target target;
 
-		if (ffs_target_parse(argv[i], FFS_TARGET_BRANCH, &target, &err) < 0)
+		if (ffs_target_parse(argv[i], kind, &target, &err) < 0)
 			return ffs_usage_error(self, "%s", err.text);
 	}
 	ffs_interrupt_install();
@@ -180,7 +181,7 @@ static int each_target(const struct ffs_command *self, int argc, char **argv, ta
 		struct ffs_target target;
 		struct ffs_error why = {0};
 
-		if (ffs_target_parse(argv[i], FFS_TARGET_BRANCH, &target, &why) < 0 ||
+		if (ffs_target_parse(argv[i], kind, &target, &why) < 0 ||
 			fn(&t, &target, &why) < 0)
 			code = ffs_failure(self, &why);
 	}
@@ -194,23 +195,28 @@ static int wait_one(const struct ffs_tree *t, const struct ffs_target *target, s
 
 int ffs_cmd_wait(const struct ffs_command *self, int argc, char **argv)
 {
-	return each_target(self, argc, argv, wait_one);
+	return each_target(self, argc, argv, FFS_TARGET_BRANCH, wait_one);
 }
 
 static int remove_one(const struct ffs_tree *t, const struct ffs_target *target, struct ffs_error *err)
 {
-	char parent[80], path[160];
+	char parent[160], path[240];
 	struct ffs_error why = {0};
 	int code;
 
 	snprintf(parent, sizeof(parent), "%s/branches", target->sandbox);
 	snprintf(path, sizeof(path), "%s/%s", parent, target->branch);
+	if (target->fork[0]) {
+		snprintf(parent, sizeof(parent), "%s/branches/%s/forks", target->sandbox, target->branch);
+		snprintf(path, sizeof(path), "%s/%s", parent, target->fork);
+	}
 	if (!unlinkat(t->fd, path, AT_REMOVEDIR))
 		return 0;
 	code = errno;
 	if (code == ENOENT && ffs_tree_check_target(t, target, err) < 0)
 		return -code;
-	ffs_error_errno(&why, code, "%s/%s cannot be removed", target->sandbox, target->branch);
+	ffs_error_errno(&why, code, "%s/%s%s%s cannot be removed", target->sandbox, target->branch,
+		target->fork[0] ? "/" : "", target->fork);
 	if (code != EINTR)
 		ffs_tree_explain(t, parent, &why);
 	if (err)
@@ -220,5 +226,5 @@ static int remove_one(const struct ffs_tree *t, const struct ffs_target *target,
 
 int ffs_cmd_rm(const struct ffs_command *self, int argc, char **argv)
 {
-	return each_target(self, argc, argv, remove_one);
+	return each_target(self, argc, argv, FFS_TARGET_BRANCH | FFS_TARGET_FORK, remove_one);
 }

@@ -39,8 +39,10 @@ const struct ffs_command ffs_commands[] = {
 		"[--force] [--store "
 		"memory|dense|packed] [--json]",
 		"take a branch: memory and device state of one instant", ffs_cmd_branch},
+	{"fork", "NAME/BRANCH FORK [--mailbox NAME[:TOKEN]=JSON|@FILE]… [--ack MS] [--json]",
+		"make a fork: the branch, with payloads in the mailboxes of its guest", ffs_cmd_fork},
 	{"wait", "NAME/BRANCH…", "wait until branches are complete", ffs_cmd_wait},
-	{"rm", "NAME/BRANCH…", "remove branches; who has one open goes on reading it", ffs_cmd_rm},
+	{"rm", "NAME/BRANCH[/FORK]…", "remove branches or forks; who has one open goes on reading it", ffs_cmd_rm},
 	{"restore",
 		"NAME/BRANCH [-n COUNT] [--attach NAME [--track]] [--paused] [--accept-torn] [--trust] [--as-served] [--show] "
 		"[--vmm BINARY] [--conf FILE] [--dir DIR] [--backend file|uffd [--no-prefetch]] [-- VMM ARGS…]",

@@ -192,8 +192,18 @@ int ffs_target_parse(
 		return r;
 	if (slash) {
 		size_t rest = len - (size_t)(slash - text) - 1;
+		const char *second = memchr(slash + 1, '/', rest);
 
-		if (memchr(slash + 1, '/', rest))
+		if (second && allowed & FFS_TARGET_FORK) {
+			size_t left = rest - (size_t)(second - slash);
+
+			rest -= left + 1;
+			r = take_name("fork", second + 1, left, t.fork, err);
+			if (r < 0)
+				return r;
+			second = NULL;
+		}
+		if (second)
 			return ffs_error_set(
 				err, EINVAL, "'%.140s' has too many parts: say NAME/BRANCH", text);
 		r = take_name("branch", slash + 1, rest, t.branch, err);

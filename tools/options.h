@@ -39,14 +39,20 @@ struct ffs_opt {
 int ffs_opts_parse(const struct ffs_opt *opts, int argc, char **argv, int *n, struct ffs_error *err);
 
 /* NAME or NAME/BRANCH: which of them a command takes. */
-enum ffs_target_kind { FFS_TARGET_SANDBOX = 1, FFS_TARGET_BRANCH = 2, FFS_TARGET_ANY = 3 };
+enum ffs_target_kind {
+	FFS_TARGET_SANDBOX = 1,
+	FFS_TARGET_BRANCH = 2,
+	FFS_TARGET_ANY = 3,
+	FFS_TARGET_FORK = 4, /* with FFS_TARGET_BRANCH: NAME/BRANCH/FORK too */
+};
 
 struct ffs_target {
 	char sandbox[65];
 	char branch[65]; /* "": none */
+	char fork[65];   /* "": none */
 };
 
-/* Split "NAME[/BRANCH]" and check both names (ffs_check_name). One slash at the end is forgiven. -EINVAL with
+/* Split "NAME[/BRANCH[/FORK]]" and check the names (ffs_check_name). One slash at the end is forgiven. -EINVAL with
  * a sentence. */
 int ffs_target_parse(
 	const char *text, enum ffs_target_kind allowed, struct ffs_target *out, struct ffs_error *err);

@@ -259,7 +259,13 @@ static int answer_error(struct json_object *answer, int code, struct ffs_error *
 int ffs_tree_request(const struct ffs_tree *t, const char *path, struct json_object *request,
 	struct json_object **answer, struct ffs_error *err)
 {
-	const char *text = json_object_to_json_string_ext(request, JSON_C_TO_STRING_PLAIN);
+	return ffs_tree_request_text(
+		t, path, json_object_to_json_string_ext(request, JSON_C_TO_STRING_PLAIN), answer, err);
+}
+
+int ffs_tree_request_text(const struct ffs_tree *t, const char *path, const char *text,
+	struct json_object **answer, struct ffs_error *err)
+{
 	_cleanup_close_ int fd = openat(t->fd, path, O_RDWR | O_CLOEXEC);
 	_cleanup_free_ char *reply = NULL, *parent = strdup(path);
 	struct json_object *obj = NULL;

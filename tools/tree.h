@@ -52,6 +52,10 @@ int ffs_tree_request(const struct ffs_tree *t, const char *path, struct json_obj
 /* Let go of a VM; as the command detach. */
 int ffs_detach(const struct ffs_tree *t, const char *name, struct ffs_error *err);
 
+/* The same with a request that is text already: one JSON object. */
+int ffs_tree_request_text(const struct ffs_tree *t, const char *path, const char *text,
+	struct json_object **answer, struct ffs_error *err);
+
 /* Replace the sentence of a failed call by the tree's own for the directory `path`, when it has one. */
 void ffs_tree_explain(const struct ffs_tree *t, const char *path, struct ffs_error *err);
 

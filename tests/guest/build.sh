@@ -49,7 +49,8 @@ kernel_tree() {
 
 tree=$(kernel_tree)
 kernel=$(ls "$tree"/boot/vmlinuz-*)
-stamp=$(cat "$here"/*.[ch] "$here/build.sh" "$tree"/boot/config-* | sha256sum | cut -c 1-16)
+agent=$here/../../tools/agent
+stamp=$(cat "$here"/*.[ch] "$agent/mailbox.h" "$here/build.sh" "$tree"/boot/config-* | sha256sum | cut -c 1-16)
 out=$cache/guest-$stamp
 if [ ! -d "$out" ]; then
 	# another version of the sources may be in use beside this one
@@ -58,9 +59,9 @@ if [ ! -d "$out" ]; then
 	trap 'rm -rf "$work"' EXIT
 	root=$work/root
 	mkdir -p "$root"/{bin,dev,proc,sys,modules} "$work/out"
-	cc -O2 -Wall -Werror -static -pthread -D_GNU_SOURCE -o "$root/init" "$here"/*.c
+	cc -O2 -Wall -Werror -static -pthread -D_GNU_SOURCE -I"$agent" -o "$root/init" "$here"/*.c
 	strip "$root/init"
-	for name in counter load selfcheck stall journal; do
+	for name in counter load selfcheck stall journal mailbox; do
 		ln "$root/init" "$root/bin/$name"
 	done
 	# in the order they are loaded: a module after those it needs

@@ -18,3 +18,4 @@ int load_main(int argc, char **argv);
 int selfcheck_main(int argc, char **argv);
 int stall_main(int argc, char **argv);
 int journal_main(int argc, char **argv);
+int mailbox_main(int argc, char **argv);

@@ -68,7 +68,8 @@ int main(int argc, char **argv)
 		const char *name;
 		int (*main)(int argc, char **argv);
 	} parts[] = {{"init", init_main}, {"counter", counter_main}, {"load", load_main},
-		{"selfcheck", selfcheck_main}, {"stall", stall_main}, {"journal", journal_main}};
+		{"selfcheck", selfcheck_main}, {"stall", stall_main}, {"journal", journal_main},
+		{"mailbox", mailbox_main}};
 	const char *name = basename(argv[0]);
 
 	for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++)

@@ -15,10 +15,11 @@
 #define M FFS_GEN_MEMORY
 #define V FFS_GEN_VMSTATE
 #define J FFS_GEN_MANIFEST
+#define X FFS_GEN_MAILBOX
 
 #define LEASE_S 30u
 
-enum what { END, OPEN, CLOSE, READ, WAIT, SWEEP, FAIL, ABORT, END_ALL, EXIT };
+enum what { END, OPEN, CLOSE, READ, WAIT, SWEEP, FAIL, STAGE, ABORT, END_ALL, EXIT };
 
 /* Generations are numbered from 1 in the order they begin; `want` of an OPEN is such a number (joined or
  * begun), or one of these. */
@@ -30,8 +31,8 @@ struct step {
 	const char *key;
 	int pid;  /* OPEN; EXIT */
 	int file; /* OPEN */
-	int want; /* OPEN; the generation of CLOSE, READ, FAIL, ABORT; seconds of WAIT; how many are left
-		     after SWEEP */
+	int want; /* OPEN; the generation of CLOSE, READ, FAIL, STAGE, ABORT; seconds of WAIT; how many are
+		     left after SWEEP */
 };
 
 #define O(key_, pid_, file_, want_)                                                                          \
@@ -107,6 +108,21 @@ static const struct {
 		{O("s:1", 10, M, 1), W(31), O("s:1", 11, V, TORN), O("s:1", 10, V, 1)}},
 	{"a crashed reader closes: its generation lives on for the lease",
 		{O("s:1", 10, M, 1), C(1), {.what = EXIT, .pid = 10}, S(1), O("s:1", 11, V, 1)}},
+	{"a payload goes where memory.bin was not opened yet",
+		{O("s:1", 10, X, 1), {.what = STAGE, .want = 1}, O("s:1", 11, X, 1), O("s:1", 12, M, 1),
+			O("s:1", 10, X, 2)}},
+	{"a payload and vmstate first, memory.bin joins",
+		{O("s:1", 10, X, 1), {.what = STAGE, .want = 1}, O("s:1", 11, V, 1), O("s:1", 12, M, 1)}},
+	{"a payload that nobody has read is owed memory.bin",
+		{O("s:1", 10, X, 1), {.what = STAGE, .want = 1}, C(1), W(31), O("s:1", 11, M, TORN),
+			O("s:1", 11, M, 2)}},
+	{"also when another payload comes later",
+		{O("s:1", 10, X, 1), {.what = STAGE, .want = 1}, C(1), W(31), S(0), O("s:1", 10, X, 2),
+			O("s:1", 11, M, TORN)}},
+	{"a write that staged nothing owes nothing", {O("s:1", 10, X, 1), C(1), W(31), O("s:1", 11, M, 2)}},
+	{"a payload is its session's own",
+		{O("s:1", 10, X, 1), {.what = STAGE, .want = 1}, O("s:2", 20, M, 2), O("k:x", 21, M, 3),
+			O("s:1", 11, M, 1)}},
 	{"a failed branch is over",
 		{O("s:1", 10, M, 1), {.what = FAIL, .want = 1}, O("s:1", 11, V, TORN), O("s:1", 11, V, 2)}},
 	{"a failed branch, the same file again: a new pair",
@@ -213,6 +229,9 @@ static void run_step(const char *name, size_t at, const struct step *s)
 		break;
 	case FAIL:
 		ffs_gen_fail(w.gens[s->want]);
+		break;
+	case STAGE:
+		ffs_gen_staged(w.gens[s->want], true);
 		break;
 	case ABORT:
 		ffs_gen_abort(w.table, w.gens[s->want]);

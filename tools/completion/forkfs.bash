@@ -43,7 +43,7 @@ _forkfs_branches() {
 }
 
 _forkfs() {
-	local commands='mount umount attach detach ls status branch wait rm restore doctor version help'
+	local commands='mount umount attach detach ls status branch fork wait rm restore doctor version help'
 	local current=$2 previous=$3 command='' words=0 i options=''
 
 	COMPREPLY=()
@@ -98,6 +98,7 @@ _forkfs() {
 		attach) options='--pid --qemu --firecracker --coop --disk --track --force --owner --json --mount --help' ;;
 		ls | status) options='--json --mount --help' ;;
 		branch) options='--live --diff --full --no-wait --max-rate --force --store --key --json --mount --help' ;;
+		fork) options='--mailbox --ack --json --mount --help' ;;
 		detach | wait | rm | verify | export) options='--mount --help' ;;
 		import) options='--store --store-dir --mount --help' ;;
 		convert) options='--to --mount --help' ;;
@@ -132,6 +133,7 @@ _forkfs() {
 	status | restore)
 		((words == 0)) && _forkfs_branches "$current"
 		;;
+	fork) ((words == 0)) && _forkfs_branches "$current" ;;
 	wait | rm | verify) _forkfs_branches "$current" ;;
 	esac
 	# names may have colons, at which bash breaks words

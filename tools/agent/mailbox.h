@@ -1,0 +1,114 @@
+/* The guest's side of mailboxes, for programs in a VM: publish one, see what the host has written into it.
+ * One header, the C library and nothing else. The frame is described in docs/mailbox.md.
+ *
+ *     struct guest_mailbox m;
+ *     if (guest_mailbox_publish(&m, "config", "my-token") < 0) …
+ *     for (;;) { if (guest_mailbox_take(&m, payload, &len, epoch, &flags) > 0) …; sleep a little; }
+ *
+ * One thread a mailbox. Functions return -1 and errno, or what they say. Nothing but the published page ever
+ * holds a whole frame: the magic is put together byte by byte in place, and the program's own image has it
+ * nowhere. */
+#pragma once
+
+#include <errno.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define GUEST_MAILBOX_PAGE 4096u
+#define GUEST_MAILBOX_PAYLOAD 3832u
+#define GUEST_MAILBOX_WANTS_ACK 2u
+
+struct guest_mailbox {
+	uint8_t *page;
+};
+
+static inline uint32_t guest_mailbox_u32(const uint8_t *p)
+{
+	return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+/* CRC-32C, continuing `crc` (0 to begin). */
+static inline uint32_t guest_mailbox_crc(uint32_t crc, const uint8_t *p, size_t len)
+{
+	crc = ~crc;
+	for (size_t i = 0; i < len; i++) {
+		crc ^= p[i];
+		for (int bit = 0; bit < 8; bit++)
+			crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0);
+	}
+	return ~crc;
+}
+
+/* Publish a mailbox of 1 to 64 bytes of A-Z a-z 0-9 . _ : - with a token of 1 to 128 bytes. The page is
+ * locked and not inherited by child processes: a copy of it would make the mailbox ambiguous. */
+static inline int guest_mailbox_publish(struct guest_mailbox *m, const char *name, const char *token)
+{
+	/* "HYPEMAN_FORK_MAILBOX_V1", each byte one more than it is */
+	static const char shifted[] = "IZQFNBO`GPSL`NBJMCPY`W2";
+	size_t name_len = strlen(name), token_len = strlen(token), magic = sizeof(shifted);
+	volatile uint8_t *page;
+
+	if (!name_len || name_len > 64 || !token_len || token_len > 128) {
+		errno = EINVAL;
+		return -1;
+	}
+	m->page = mmap(NULL, GUEST_MAILBOX_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (m->page == MAP_FAILED)
+		return -1;
+	if (madvise(m->page, GUEST_MAILBOX_PAGE, MADV_DONTFORK) < 0 ||
+		mlock(m->page, GUEST_MAILBOX_PAGE) < 0) {
+		munmap(m->page, GUEST_MAILBOX_PAGE);
+		return -1;
+	}
+	page = m->page;
+	for (size_t i = 0; i < name_len; i++)
+		page[magic + i] = (uint8_t)name[i];
+	for (size_t i = 0; i < token_len; i++)
+		page[magic + name_len + 1 + i] = (uint8_t)token[i];
+	/* the magic last: from here on it is a frame */
+	for (size_t i = magic - 1; i-- > 0;)
+		page[i] = (uint8_t)(shifted[i] - 1);
+	return 0;
+}
+
+/* Take the page back; what is left of it is no frame. */
+static inline void guest_mailbox_withdraw(struct guest_mailbox *m)
+{
+	explicit_bzero(m->page, GUEST_MAILBOX_PAGE);
+	munmap(m->page, GUEST_MAILBOX_PAGE);
+}
+
+/* 1: a payload was there, copied to `payload` (GUEST_MAILBOX_PAYLOAD bytes of room), and the mailbox is free
+ * again; 0: none; -1 with EBADMSG: what is there is damaged (it is dropped). Cheap: a load, when there is
+ * none. */
+static inline int guest_mailbox_take(
+	struct guest_mailbox *m, void *payload, size_t *len, uint8_t epoch[16], uint32_t *flags)
+{
+	uint32_t *seq = (uint32_t *)(m->page + 256), crc;
+	uint32_t length;
+	int good;
+
+	if (!__atomic_load_n(seq, __ATOMIC_ACQUIRE))
+		return 0;
+	length = guest_mailbox_u32(m->page + 260);
+	*flags = guest_mailbox_u32(m->page + 228);
+	good = length <= GUEST_MAILBOX_PAYLOAD;
+	if (good && *flags & 1) {
+		crc = guest_mailbox_crc(0, m->page + 228, 28);
+		crc = guest_mailbox_crc(crc, m->page + 260, 4);
+		crc = guest_mailbox_crc(crc, m->page + 264, length);
+		good = crc == guest_mailbox_u32(m->page + 224);
+	}
+	if (good) {
+		memcpy(payload, m->page + 264, length);
+		memcpy(epoch, m->page + 240, 16);
+		*len = length;
+	}
+	__atomic_store_n(seq, 0, __ATOMIC_RELEASE);
+	if (good)
+		return 1;
+	errno = EBADMSG;
+	return -1;
+}
