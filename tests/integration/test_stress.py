@@ -1,10 +1,12 @@
-"""Random sequences of branches, readers, cancels, removals, pauses from outside and detaches, against the truth.
+"""Random sequences of branches, readers, cancels, removals, pauses from outside, detaches and kills of the daemon, against the truth.
 
-FORKFS_STRESS_SEED=N plays a sequence again. 1,000 branches with --long.
+FORKFS_STRESS_SEED=N plays a sequence again. 1,000 branches with --long. FORKFS_STRESS_BIN=PATH does it with another build of the
+daemon, which must have fault points: one with ThreadSanitizer, say (tests/README.md); what that reports is a failure.
 """
 
 import os
 import random
+import signal
 import threading
 import time
 
@@ -13,6 +15,7 @@ from forkfs_test import rig
 TIMEOUT = {"test_sequence": 240}
 LONG_TIMEOUT = {"test_sequence": 3600}
 SECONDS = 25
+DAEMON = {"binary": os.environ["FORKFS_STRESS_BIN"]} if "FORKFS_STRESS_BIN" in os.environ else {}
 RUN = ["counter", "load,mib=48,seq=1,random=1"]
 
 
@@ -54,15 +57,53 @@ def check(r, name, mode, chance):
     return branch
 
 
+def end_and_find_again(r, chance):
+    """kill -9 with a capture in flight that is being read: the guest is free at once, and the next daemon has it back."""
+    if chance.random() < 0.7:
+        rig.request(r.sandbox / "ctl", branch={"name": "in-flight", "max_rate": 1 << 20})
+        reader = Reader(r.sandbox / "branches/in-flight", r.truth, chance.randrange(1 << 30))
+    else:
+        reader = None
+    r.mount.kill(signal.SIGKILL)
+    r.mount.clear_dead()
+    if reader:
+        reader.join(30)
+        assert not reader.is_alive(), "a reader of a dead daemon hangs"
+    deadline = time.monotonic() + 3
+    while r.guest.protected():
+        assert time.monotonic() < deadline, "what a dead daemon has protected stays so"
+        time.sleep(0.005)
+    r.guest.check_runs(3)
+    check_log(r)
+    r.mount.log_path.unlink()
+    mount_again(r)
+    deadline = time.monotonic() + 30
+    while rig.metric(r, "reattaching"):
+        assert time.monotonic() < deadline, r.mount.log()
+        time.sleep(0.005)
+    assert rig.metric(r, "reattached_total") == 1, r.mount.log()
+
+
+def mount_again(r):
+    """A daemon, of the build that was asked for."""
+    r.mount = r.case.mount(**DAEMON)
+
+
+def check_log(r):
+    """Nothing that a sanitizer has to say."""
+    log = r.mount.log()
+    assert "Sanitizer" not in log, log[log.index("Sanitizer") - 200:][:6000]
+
+
 def test_sequence(case):
     """Nothing that anybody does makes a byte of a branch wrong."""
     seed = int(os.environ.get("FORKFS_STRESS_SEED", random.randrange(1 << 30)))
     print(f"FORKFS_STRESS_SEED={seed}")
     chance = random.Random(seed)
-    r = rig.Rig(case, mib=128, run=RUN, attach=["--track"])
-    kept, taken, end = [], 0, time.monotonic() + SECONDS
+    r = rig.Rig(case, mount=case.mount(**DAEMON), mib=128, run=RUN, attach=["--track"])
+    kept, taken, kills, end = [], 0, 0, time.monotonic() + SECONDS
     while taken < 1000 if case.long else time.monotonic() < end or not taken:
-        what = chance.choice(["live", "live", "live", "diff", "full", "cancel", "remove", "pause", "detach"])
+        what = chance.choice(["live", "live", "live", "diff", "full", "cancel", "remove", "pause", "detach", "kill"])
         if what in ("live", "full", "diff"):
             parent = kept and not rig.revoked(r)
             kept.append(check(r, f"b{taken}", "live" if what == "diff" and not parent else what, chance))
@@ -84,8 +125,12 @@ def test_sequence(case):
                 kept.pop().rmdir()
             r.mount.run("detach", "sbx1")
             r.mount.attach(r.guest, None, "--track")
+        elif what == "kill" and chance.random() < 0.3:
+            kept, kills = [], kills + 1
+            end_and_find_again(r, chance)
         while len(kept) > 5:
             kept.pop(0).rmdir()
-    print(f"{taken} branches, 0 wrong")
+    print(f"{taken} branches, {kills} daemons killed, 0 wrong")
+    check_log(r)
     r.guest.check_sane()
     r.guest.check_runs()
