@@ -161,6 +161,33 @@ def test_refused(case):
     guest.check_runs()
 
 
+def test_devices_refused(case):
+    """A balloon in a VM that maps a file, and memory that is plugged in later: refused at attach, in words, and the VM goes on."""
+    r = new_rig(case, devices={"balloon": {"amount_mib": 0, "deflate_on_oom": False}})
+    branch = r.branch("b1")
+    assert rig.wait_settled(branch) == "ready", (branch / "status").read_text()
+    child = Firecracker(case, "child", load=(branch / "memory.bin", branch / "vmstate"))
+    said = r.mount.run("attach", "child", "--firecracker", child.api_path, check=False)
+    assert said.code == 1 and "has a balloon" in said.err, said.err
+    child.visit_all(1)
+    version = json.loads((r.sandbox / "status").read_text())["vmm_version"]
+    if tuple(int(n) for n in version.split(".")[:2]) >= (1, 14):
+        plugged = Firecracker(case, "plugged", mib=64, work=16, devices={"memory-hotplug": {"total_size_mib": 128}}).booted()
+        said = r.mount.run("attach", "plugged", "--firecracker", plugged.api_path, check=False)
+        assert said.code == 1 and "memory-hotplug" in said.err, said.err
+        plugged.check_runs()
+    r.guest.visit_all(1)
+
+
+def test_vcpus(case):
+    """Two vCPUs, of which the guest uses one: the state of both is in the branch, and a child goes on with it."""
+    r = new_rig(case, machine={"vcpu_count": 2})
+    branch = checked_branch(r, "b1")
+    assert rig.wait_settled(branch) == "ready", (branch / "status").read_text()
+    Firecracker(case, "child", load=(branch / "memory.bin", branch / "vmstate")).visit_all()
+    r.guest.visit_all(1)
+
+
 def test_killed_before_save(case):
     """kill -9 between pause and save."""
     check_death(new_rig(case), PAUSED, signal.SIGKILL)
