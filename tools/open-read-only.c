@@ -2,7 +2,7 @@
  * file named by $FORKFS_OPEN_READ_ONLY, or what lies below it, is opened O_RDONLY. So its pages are the branch's own,
  * shared by all children, and served by the kernel (passthrough). Later QEMUs have options for it (readonly=on,rom=off).
  *
- * Any thread; the name is read once, before main(), and not left to programs that the VMM starts. */
+ * Any thread; the name is read once, before main(). It stays in the environment: the VMM may be started by a script. */
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -20,7 +20,6 @@ static void __attribute__((constructor)) read_name(void)
 
 	if (name && strlen(name) < sizeof(below))
 		strcpy(below, name);
-	unsetenv("FORKFS_OPEN_READ_ONLY");
 }
 
 static int is_ours(const char *path)
