@@ -39,21 +39,22 @@ struct ffs_attached {
 
 /* ---- the directory ---- */
 
-/* One component for a path: '/' is '-', and whatever would be mistaken for it is escaped. */
+/* One component for a path: '/' is '-', and whatever would be mistaken for it is escaped. With a prefix:
+ * others keep things in the runtime directory too. */
 static int component(const char *path, char out[NAME_MAX + 1])
 {
-	size_t n = 0;
+	size_t n = (size_t)snprintf(out, NAME_MAX + 1, "mount-"), begin = n;
 
 	for (const char *p = path + strspn(path, "/"); *p; p++) {
 		if (n + 4 > NAME_MAX)
 			return -ENAMETOOLONG;
-		if (*p == '-' || *p == '%' || (*p == '.' && n == 0))
+		if (*p == '-' || *p == '%' || (*p == '.' && n == begin))
 			n += (size_t)snprintf(out + n, 4, "%%%02x", (unsigned char)*p);
 		else
 			out[n++] = *p == '/' ? '-' : *p;
 	}
 	out[n] = '\0';
-	return n ? 0 : -EINVAL;
+	return n > begin ? 0 : -EINVAL;
 }
 
 /* systemd's RuntimeDirectory= first; then what the user has, or the machine. NULL: none. */
