@@ -222,6 +222,16 @@ int ffs_gen_open_this(struct ffs_gen *g, enum ffs_gen_file file, struct ffs_gen_
 	return 0;
 }
 
+/* Who writes a payload wants a "now" that is still to come, and is done with what it has read: also when it
+ * takes the payload back, it must not find itself in an older generation. */
+static void leave_older(struct ffs_gen *g, struct ffs_gen_who who)
+{
+	for (g = g->older; g; g = g->older)
+		for (unsigned i = 0; i < g->n_openers; i++)
+			if (g->openers[i].tgid == who.tgid && g->openers[i].start == who.start)
+				g->openers[i--] = g->openers[--g->n_openers];
+}
+
 static int join(struct ffs_gen_key *k, struct ffs_gen *g, enum ffs_gen_file file, struct ffs_gen_who who,
 	uint64_t now_ns, struct ffs_gen **out)
 {
@@ -279,6 +289,8 @@ static int begin(struct ffs_gen_table *t, struct ffs_gen_key *k, enum ffs_gen_fi
 	g->older = k->newest;
 	k->newest = g;
 	t->n_gens++;
+	if (file == FFS_GEN_MAILBOX)
+		leave_older(g, who);
 	*out = g;
 	return FFS_GEN_BEGIN;
 }

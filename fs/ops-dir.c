@@ -19,7 +19,7 @@
 static const enum ffs_kind meta_kinds[] = {
 	FFS_KIND_VERSION, FFS_KIND_CAPABILITIES, FFS_KIND_METRICS, FFS_KIND_EVENTS, FFS_KIND_META_CTL};
 static const enum ffs_kind sbx_kinds[] = {
-	FFS_KIND_SBX_STATUS, FFS_KIND_SBX_STATE, FFS_KIND_SBX_CTL, FFS_KIND_BRANCHES,
+	FFS_KIND_SBX_STATUS, FFS_KIND_SBX_STATE, FFS_KIND_SBX_CTL, FFS_KIND_BRANCHES, FFS_KIND_SBX_BOXES,
 	FFS_KIND_LIVE};
 /* manifest.json last: reading it waits for the capture, and cp -r takes the order of the listing */
 static const enum ffs_kind live_kinds[] = {
@@ -40,7 +40,7 @@ static unsigned children(const struct ffs_fs *fs, const struct ffs_node *dir, co
 	case FFS_KIND_SBX:
 		*out = sbx_kinds;
 		/* branch/ is the last: gone with the VM, or hidden */
-		return FFS_ARRAY_LEN(sbx_kinds) - (fs->opt.branch_off || !dir->sbx->engine);
+		return FFS_ARRAY_LEN(sbx_kinds) - (fs->opt.branch_off || !dir->sbx->engine ? 2 : 0);
 	case FFS_KIND_LIVE:
 		*out = live_kinds;
 		return FFS_ARRAY_LEN(live_kinds);

@@ -86,7 +86,7 @@ struct ffs_mailbox_memory {
 	void *arg;
 };
 
-/* Look at the beginning of every page of a memory. Takes up to 0.1 s a GiB where there is a file, as long as
+/* Look at the beginning of every page of a memory. Takes 0.2 to 1 s a GiB where there is a file, as long as
  * reading all of it takes else; uses up to four threads; never call it inside a pause. -EOVERFLOW: more than
  * FFS_MAILBOX_FRAMES_MAX; -EIO and what `read` says; -ENOMEM. *out is the caller's then. */
 int ffs_mailbox_scan(

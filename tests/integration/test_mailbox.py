@@ -323,6 +323,80 @@ def test_ctl(case):
     assert sorted(os.listdir(branch / "forks")) == ["c1", "c3"]
 
 
+def in_memory(path, payload):
+    """Is that payload in a fork frame of this memory?"""
+    with open(path, "rb") as f:
+        while page := f.read(PAGE):
+            if page.startswith(b"HYPEMAN_FORK_MAILBOX_V1\0") and page[PAYLOAD:PAYLOAD + len(payload)] == payload:
+                return True
+    return False
+
+
+def test_now(case):
+    """A payload written into the sandbox's mailboxes is in the branch that the same session reads next, and in no other."""
+    r = guest(case, "config,s3cret", "other,tok")
+    box, snap = r.sandbox / "mailboxes", case.dir / "snap"
+    snap.mkdir()
+    stops = r.guest.stops()
+    assert sorted(os.listdir(box)) == ["config", "other"] and box.joinpath("config").read_bytes() == b""
+    refused(errno.ENOENT, write_once, box / "nobody", b"{}")
+    refused(errno.EINVAL, write_once, box / "config", b"[]")
+    assert r.guest.stops() == stops, "looking, or what was refused, has stopped the guest"
+    case.shell(f"""
+        echo '{{"task":7}}' > {box}/config || exit 1
+        echo '{{"task":8}}' > {box}/other || exit 1
+        [ "$(cat {box}/config)" = '{{"task":7}}' ] || exit 2
+        cp -r {r.sandbox}/branch {snap}/one || exit 3
+        cp {r.sandbox}/branch/memory.bin {snap}/plain || exit 4
+        echo '{{"task":9}}' > {box}/config || exit 5
+        rm {box}/config || exit 6
+        ! rm {box}/config || exit 7
+        cp {r.sandbox}/branch/memory.bin {snap}/taken-back""")
+    assert in_memory(snap / "one/memory.bin", b'{"task":7}') and in_memory(snap / "one/memory.bin", b'{"task":8}')
+    for name in ("plain", "taken-back"):
+        for payload in (b'{"task":7}', b'{"task":8}', b'{"task":9}'):
+            assert not in_memory(snap / name, payload), f"{payload} is in {name}"
+    child = r.guest.child("child", snap / "one/memory.bin", snap / "one/vmstate")
+    child.go()
+    assert took(child, "config")[1] == '{"task":7}' and took(child, "other")[1] == '{"task":8}'
+    assert not r.guest.console.all("took")
+
+
+def test_sessions(case):
+    """Two sessions, two workers of one session, branch@KEY: nobody gets another's payload, and none is lost in silence."""
+    r = guest(case, "config,s3cret")
+    box, snap = r.sandbox / "mailboxes/config", case.dir / "snap"
+    snap.mkdir()
+    workers = [case.start("setsid", "bash", "-c", f"""
+        for i in 1 2 3; do
+            echo '{{"worker":{w},"round":'$i'}}' > {box} || exit 1
+            cp {r.sandbox}/branch/memory.bin {snap}/{w}.$i || exit 2
+        done""") for w in range(2)]
+    for w in workers:
+        assert w.wait(timeout=90) == 0
+    for w in range(2):
+        for i in (1, 2, 3):
+            assert in_memory(snap / f"{w}.{i}", b'{"worker":%d,"round":%d}' % (w, i)), (w, i)
+    # one session: what another process has staged and nobody has read
+    case.shell(f"""
+        bash -c "echo '{{}}' > {box}; true"
+        bash -c "echo '{{\\"b\\":1}}' > {box}" 2>/dev/null && exit 1
+        cp {r.sandbox}/branch@KEY/memory.bin {snap}/key || exit 2
+        rm {box} && echo '{{"b":2}}' > {box} && cp {r.sandbox}/branch/memory.bin {snap}/b || exit 3""")
+    assert not in_memory(snap / "key", b"{}") and in_memory(snap / "b", b'{"b":2}')
+
+
+def test_never_torn(case):
+    """A payload whose snapshot ended before it was read is told of, once."""
+    r = guest(case, "config,s3cret", options="lease=1")
+    box = r.sandbox / "mailboxes/config"
+    case.shell(f"""
+        bash -c "echo '{{}}' > {box}" || exit 1
+        until grep -q '"generations": *0,*$' {r.sandbox}/status; do sleep 0.1; done
+        cat {r.sandbox}/branch/memory.bin > /dev/null && exit 2
+        cat {r.sandbox}/branch/memory.bin > /dev/null || exit 3""")
+
+
 def test_command(case):
     """forkfs fork and forkfs rm: payloads byte for byte, whatever the file or the token; bad usage is 2, a refusal 1."""
     r = guest(case, "config,s3=c{r", "other,tok")
