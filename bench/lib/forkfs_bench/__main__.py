@@ -6,10 +6,11 @@ import sys
 
 from forkfs_test import probe
 
-from . import capture, files, machine, pause, sizes, stall, store
+from . import capture, files, machine, pause, restore, sizes, stall, store
 from .record import Record
 
-BENCHES = {"pause": pause, "sizes": sizes, "capture": capture, "stall": stall, "files": files, "store": store}
+BENCHES = {"pause": pause, "sizes": sizes, "capture": capture, "stall": stall, "files": files, "store": store,
+           "restore": restore}
 
 
 def mib_list(text):

@@ -20,11 +20,15 @@ class Child:
         self._sock = None
         case.on_end(self.stop)
 
-    def stop(self):
-        """End it."""
+    def drop(self):
+        """Close the connection to it; the next question makes another."""
         if self._sock:
             self._sock.close()
             self._sock = None
+
+    def stop(self):
+        """End it."""
+        self.drop()
         if processes.alive(self.pid):
             os.kill(self.pid, signal.SIGKILL)
             assert processes.wait_gone(self.pid, 10), processes.describe(self.pid)
