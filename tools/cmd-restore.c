@@ -60,11 +60,11 @@ void ffs_restore_note(struct ffs_restore *r, const char *fmt, ...)
 
 int ffs_restore_open(const struct ffs_restore *r, const char *file, struct ffs_error *err)
 {
-	char dir[160], path[260];
+	char dir[160], path[280];
 	int fd;
 
 	snprintf(dir, sizeof(dir), "%s/branches/%s", r->target.sandbox, r->target.branch);
-	snprintf(path, sizeof(path), "%s/%.80s", dir, file);
+	snprintf(path, sizeof(path), "%s/%.100s", dir, file);
 	fd = openat(r->tree->fd, path, O_RDONLY | O_CLOEXEC);
 	if (fd >= 0)
 		return fd;
@@ -146,6 +146,11 @@ static int prepare(struct ffs_restore *r, const struct restore_args *a, struct f
 	}
 	if (!got && r->backend && r->ops != &ffs_restore_firecracker)
 		got = ffs_error_set(err, EINVAL, "--backend is for Firecracker's children; the branch is of a %s", r->ops->kind);
+	if (!got && r->backend && r->target.fork[0] && !strcmp(r->backend, "uffd"))
+		got = ffs_error_set(err, ENOTSUP,
+			"--backend uffd serves the branch's memory, without the payloads of fork %s: leave it out, or serve the "
+			"fork's memory.bin by `forkfs pager`",
+			r->target.fork);
 	if (!got)
 		got = r->ops->plan(r, err);
 	return got;
@@ -163,6 +168,7 @@ static void print_child(struct herd *h, const struct ffs_child *c)
 	json_object_object_add(o, "pid", json_object_new_int(c->pid));
 	snprintf(text, sizeof(text), "%s/%s", r->target.sandbox, r->target.branch);
 	json_object_object_add(o, "branch", json_object_new_string(text));
+	json_object_object_add(o, "fork", r->target.fork[0] ? json_object_new_string(r->target.fork) : NULL);
 	json_object_object_add(o, "sandbox", c->name[0] ? json_object_new_string(c->name) : NULL);
 	json_object_object_add(o, "state", json_object_new_string(r->paused ? "paused" : "running"));
 	json_object_object_add(o, "dir", json_object_new_string(c->dir));
@@ -223,6 +229,8 @@ static int start_child(struct herd *h, struct ffs_child *c, struct ffs_error *er
 		return got;
 	c->started_ns = ffs_now_ns() - r->began_ns;
 	got = r->ops->load(r, c, err);
+	if (!got)
+		got = ffs_restore_fork_write(r, c, err);
 	c->loaded_ns = ffs_now_ns() - r->began_ns;
 	if (!got && !r->paused)
 		got = r->ops->run(r, c, err);
@@ -388,6 +396,8 @@ static int restore(const struct ffs_command *self, struct ffs_restore *r, const 
 		r->writing = false;
 	if (!got)
 		got = ffs_restore_image(r, a->as_served || is_uffd(a), &err); /* served memory is not mapped */
+	if (!got && r->target.fork[0])
+		got = ffs_restore_fork_read(r, &err);
 	if (!got && r->ops->begin)
 		got = r->ops->begin(r, a->dir ? a->dir : DIR_DEFAULT, &err);
 	if (!got)
@@ -472,8 +482,8 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 	if (a.help)
 		return ffs_usage_help(self);
 	if (n != 1)
-		return ffs_usage_error(self, "one NAME/BRANCH is wanted; the VMM's own options go after --");
-	if (ffs_target_parse(argv[0], FFS_TARGET_BRANCH, &r.target, &err) < 0 || check_args(&a, &err) < 0)
+		return ffs_usage_error(self, "one NAME/BRANCH[/FORK] is wanted; the VMM's own options go after --");
+	if (ffs_target_parse(argv[0], FFS_TARGET_BRANCH | FFS_TARGET_FORK, &r.target, &err) < 0 || check_args(&a, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
 	r.trust = a.trust;
 	r.paused = a.paused;
@@ -493,6 +503,7 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		r.ops->end(&r);
 	ffs_restore_conf_free(&r.conf);
 	ffs_close_fd(&r.memory_fd);
+	free(r.page);
 	json_object_put(r.notes);
 	json_object_put(r.status);
 	return code;

@@ -174,6 +174,10 @@ static int load(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *er
 	else if (t->running && r->paused)
 		got = ffs_error_set(err, EPROTO,
 			"the VM runs by itself, so it cannot be left paused: its options must say that it is loaded only");
+	else if (t->running && r->target.fork[0])
+		got = ffs_error_set(err, EPROTO,
+			"the VM runs by itself, so the payloads of fork %s came too late: its options must say that it is loaded only",
+			r->target.fork);
 	json_object_put(root);
 	return got;
 }

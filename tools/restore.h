@@ -2,6 +2,7 @@
  *   cmd-restore.c        the command: what the branch is, the children side by side, what is printed
  *   restore-child.c      one process: its directory, its descriptors, its life
  *   restore-image.c      what its children map
+ *   restore-fork.c       a fork's own pages, written into its children
  *   restore-conf.c       which program, with which options of the host (/etc/forkfs/vmm.d)
  *   restore-qemu*.c      kind qemu            restore-api.c   kind coop, and what VMMs with an HTTP API share
  *   restore-firecracker.c   kind firecracker
@@ -56,6 +57,7 @@ char *ffs_restore_expand(const char *text, const struct ffs_restore_word *words,
 /* ---- one call of the command ---- */
 
 struct ffs_restore_ops;
+struct ffs_restore_page;
 
 struct ffs_restore {
 	const struct ffs_tree *tree;
@@ -70,6 +72,8 @@ struct ffs_restore {
 	const char *const *user_arg; /* what came after -- */
 	unsigned n_user_args;
 	int memory_fd; /* of the branch: read-only, shared by all children */
+	struct ffs_restore_page *page; /* what the fork target.fork has over its branch, n_pages of them; owned */
+	unsigned n_pages;
 	uint64_t began_ns;
 	const struct ffs_restore_ops *ops;
 	void *plan; /* of the kind */
@@ -83,6 +87,18 @@ struct ffs_restore {
  * while it is still being written; else (from the store, shared with a parent, no passthrough) its content in a sealed
  * file in memory, which takes as long as reading it. as_served: memory.bin in any case. -EINTR by a signal. */
 int ffs_restore_image(struct ffs_restore *r, bool as_served, struct ffs_error *err);
+
+/* ---- restore-fork.c ---- */
+
+struct ffs_child;
+
+/* The pages in which the fork r->target.fork differs from its branch, into r->page: it never changes from then on. Main
+ * thread, when r->status is there. Waits for those pages while the branch is being captured. -ESTALE: another branch has
+ * got its name meanwhile. */
+int ffs_restore_fork_read(struct ffs_restore *r, struct ffs_error *err);
+/* Write them into a child that has loaded the branch (r->memory_fd) and does not run, and read them back. The thread of
+ * the child. -ENOENT, -ENOTUNIQ, -EPERM: it has not mapped the branch's image once, privately, for writing. */
+int ffs_restore_fork_write(const struct ffs_restore *r, const struct ffs_child *c, struct ffs_error *err);
 
 /* ---- restore-child.c: one VM ---- */
 

@@ -322,6 +322,21 @@ int ffs_tree_request_text(const struct ffs_tree *t, const char *path, const char
 	return 0;
 }
 
+/* The branch of the target is there. */
+static int check_fork(const struct ffs_tree *t, const struct ffs_target *target, struct ffs_error *err)
+{
+	char path[240];
+	struct stat st;
+
+	snprintf(path, sizeof(path), "%s/branches/%s/forks/%s", target->sandbox, target->branch, target->fork);
+	if (fstatat(t->fd, path, &st, AT_SYMLINK_NOFOLLOW) == 0)
+		return 0;
+	if (errno != ENOENT)
+		return ffs_error_errno(err, errno, "%s/%s", t->mount, path);
+	return ffs_error_set(err, ENOENT, "branch %s/%s has no fork '%s': `forkfs fork %s/%s %s …` makes one",
+		target->sandbox, target->branch, target->fork, target->sandbox, target->branch, target->fork);
+}
+
 int ffs_tree_check_target(const struct ffs_tree *t, const struct ffs_target *target, struct ffs_error *err)
 {
 	char path[200], list[300] = "";
@@ -335,7 +350,7 @@ int ffs_tree_check_target(const struct ffs_tree *t, const struct ffs_target *tar
 			return 0;
 		snprintf(path, sizeof(path), "%s/branches/%s", target->sandbox, target->branch);
 		if (fstatat(t->fd, path, &st, AT_SYMLINK_NOFOLLOW) == 0)
-			return 0;
+			return target->fork[0] ? check_fork(t, target, err) : 0;
 		snprintf(path, sizeof(path), "%s/branches", target->sandbox);
 		dir = path;
 	}

@@ -59,8 +59,8 @@ int ffs_tree_request_text(const struct ffs_tree *t, const char *path, const char
 /* Replace the sentence of a failed call by the tree's own for the directory `path`, when it has one. */
 void ffs_tree_explain(const struct ffs_tree *t, const char *path, struct ffs_error *err);
 
-/* -ENOENT with a sentence that lists what there is, when the sandbox (or branch) of the target does not
- * exist. */
+/* -ENOENT with a sentence that lists what there is, when the sandbox (or branch, or fork) of the target does
+ * not exist. */
 int ffs_tree_check_target(const struct ffs_tree *t, const struct ffs_target *target, struct ffs_error *err);
 
 /* Members of an untrusted object: 0, "" or false where they are missing or of another type. The string lives

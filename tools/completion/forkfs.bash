@@ -42,6 +42,16 @@ _forkfs_branches() {
 	fi
 }
 
+# NAME/BRANCH, or NAME/BRANCH/FORK when there is a second slash
+_forkfs_forks() {
+	if [[ $1 == */*/* ]]; then
+		local branch=${1%/*}
+		mapfile -t COMPREPLY < <(compgen -W "$(_forkfs_names "$(_forkfs_mount)/${branch%%/*}/branches/${branch#*/}/forks" "$branch/")" -- "$1")
+	else
+		_forkfs_branches "$1"
+	fi
+}
+
 _forkfs() {
 	local commands='mount umount attach detach ls status branch fork wait rm restore doctor version help'
 	local current=$2 previous=$3 command='' words=0 i options=''
@@ -130,8 +140,11 @@ _forkfs() {
 			_forkfs_branches "$current"
 		fi
 		;;
-	status | restore)
+	status)
 		((words == 0)) && _forkfs_branches "$current"
+		;;
+	restore)
+		((words == 0)) && _forkfs_forks "$current"
 		;;
 	fork) ((words == 0)) && _forkfs_branches "$current" ;;
 	wait | rm | verify) _forkfs_branches "$current" ;;
