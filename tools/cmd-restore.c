@@ -243,6 +243,7 @@ static int start_child(struct herd *h, struct ffs_child *c, struct ffs_error *er
 
 static void *work(void *arg)
 {
+	_cleanup_close_ int watch = -1;
 	struct herd *h = arg;
 
 	for (;;) {
@@ -255,6 +256,7 @@ static void *work(void *arg)
 		pthread_mutex_unlock(&h->lock);
 		if (!c)
 			break;
+		c->watch = &watch;
 		got = start_child(h, c, &err);
 		pthread_mutex_lock(&h->lock);
 		c->ready = !got;

@@ -28,12 +28,13 @@ static int ended(const struct ffs_child *c, struct ffs_error *err)
 
 int ffs_restore_api_connect(struct ffs_child *c, const char *name, struct ffs_http *http, struct ffs_error *err)
 {
-	_cleanup_close_ int watch = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
 	char path[160], events[4096];
 	int sock, r;
 
 	snprintf(path, sizeof(path), "%s/%s", c->dir, name);
-	if (watch < 0 || inotify_add_watch(watch, c->dir, IN_CREATE | IN_MOVED_TO) < 0)
+	if (*c->watch < 0)
+		*c->watch = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+	if (*c->watch < 0 || inotify_add_watch(*c->watch, c->dir, IN_CREATE | IN_MOVED_TO) < 0)
 		return ffs_error_errno(err, errno, "%s cannot be watched", c->dir);
 	while ((r = ffs_dial_path(path, NO_DEADLINE, &sock)) < 0) {
 		if (r != -ENOENT && r != -ECONNREFUSED)
@@ -41,8 +42,8 @@ int ffs_restore_api_connect(struct ffs_child *c, const char *name, struct ffs_ht
 		if (ffs_child_ended(c))
 			return ended(c, err);
 		/* between bind(2) and listen(2) there is no event */
-		ffs_child_poll(c, watch, r == -ECONNREFUSED ? 1 : -1);
-		while (read(watch, events, sizeof(events)) > 0)
+		ffs_child_poll(c, *c->watch, r == -ECONNREFUSED ? 1 : -1);
+		while (read(*c->watch, events, sizeof(events)) > 0)
 			;
 	}
 	ffs_http_init(http, sock);

@@ -111,6 +111,7 @@ struct ffs_child {
 	char name[65];   /* of the sandbox it becomes; "": none */
 	char dir[100];   /* its own, 0700: sockets, console, what it says on stderr */
 	int inherit[FFS_CHILD_FDS]; /* [i] becomes descriptor 3 + i; -1: none. Owned */
+	int *watch; /* an inotify of the worker's, made when it is first needed: closing one takes long */
 	int control;                /* our end of what the kind talks over; -1: none */
 	void *talk;                 /* of the kind, from load to let_go */
 	pid_t pid;
