@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 
@@ -52,9 +53,9 @@ def image(pid):
     return one
 
 
-def refused(r, target, *parts):
+def refused(r, target, *parts, options=()):
     """It is not started, with a sentence that has these words, and leaves nothing."""
-    found, result = children.run(r.mount, target, check=False)
+    found, result = children.run(r.mount, target, *options, check=False)
     assert not found and result.code == 1, (result.out, result.err)
     assert all(p in result.err for p in parts), result.err
     base = r.mount.case.dir / "ch"
@@ -126,6 +127,21 @@ def test_refused(case):
     r.mount.faults()
     refused(r, "sbx1/bad/c1", "failed and can never be restored")
     r.guest.check_runs()
+
+
+def test_mapped_elsewhere(case):
+    """A VMM that has mapped something else than the branch's image never runs without its payloads: refused, and ended."""
+    r = guest(case)
+    branch = r.branch("b1")
+    assert rig.wait_settled(branch) == "ready"
+    fork(branch, "c1", '{"task":1}')
+    vmm = case.dir / "vmm"
+    vmm.write_text("#!/bin/bash\ncase $* in *-incoming*) cat <&3 >copy; exec 3<copy ;; esac\n"
+                   f"exec {os.readlink(f'/proc/{r.guest.pid}/exe')} \"$@\"\n")
+    vmm.chmod(0o755)
+    refused(r, "sbx1/b1/c1", "has mapped page", "nowhere", options=["--vmm", vmm])
+    (child,), _ = children.run(r.mount, "sbx1/b1", "--vmm", vmm)
+    child.wait_console(r"^tick", count=2)
 
 
 def test_runs_by_itself(case):
