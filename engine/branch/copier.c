@@ -260,6 +260,33 @@ static void copy_slice(struct ffs_tracker *t, struct ffs_branch *b, uint64_t num
 
 /* ---- settling ---- */
 
+/* What must not happen, with what it takes to find out why: whether pages were passed over, and where, or only
+ * counted wrongly. */
+static int not_captured(struct ffs_tracker *t, struct ffs_branch *b, struct ffs_error *err)
+{
+	uint64_t needed = 0, first = 0, last = 0, remaining = atomic_load(&b->remaining);
+
+	for (unsigned i = 0; i < t->pages->n; i++) {
+		const struct ffs_pages_region *r = &t->pages->r[i];
+
+		for (uint64_t c = 0; c < r->n_clusters; c++) {
+			ffs_mask m = atomic_load(&b->need[i][c]);
+
+			if (!m)
+				continue;
+			last = r->offset + c * r->cluster_bytes;
+			first = needed ? first : last;
+			needed += (unsigned)__builtin_popcount(m) * r->page_size;
+		}
+	}
+	return ffs_error_set(err, EIO,
+		"%llu bytes were not captured (%llu are still needed, in clusters from %#llx to %#llx; %llu of "
+		"%llu slices are done)",
+		(unsigned long long)remaining, (unsigned long long)needed, (unsigned long long)first,
+		(unsigned long long)last, (unsigned long long)atomic_load(&b->slices_done),
+		(unsigned long long)t->pages->n_slices);
+}
+
 /* Everything is in the image, or the branch failed: once per branch, by the copier that got there first. */
 static void finish(struct ffs_tracker *t, struct ffs_branch *b)
 {
@@ -284,8 +311,7 @@ static void finish(struct ffs_tracker *t, struct ffs_branch *b)
 		if (e == 0 && ffs_tracker_revoked(t))
 			e = ffs_error_set(&err, ETIMEDOUT, "revoked by the watchdog");
 		if (e == 0 && atomic_load(&b->remaining) != 0)
-			e = ffs_error_set(&err, EIO, "%llu bytes were not captured",
-				(unsigned long long)atomic_load(&b->remaining));
+			e = not_captured(t, b, &err);
 		if (e == 0)
 			e = ffs_image_seal(&b->image, &err);
 		if (e < 0)
