@@ -123,13 +123,15 @@ class Rig:
         """
         if not self.truth.exists():  # memory that was never touched takes longest to read for the first time
             self.case.run(*truth.foreign_command(self.case, self.guest, self.truth))
-        for _ in range(HOLDS):
+        for attempt in range(HOLDS):
             path, error = self._held_branch(name, rules, kind, how)
             if error is None:
                 return path
-            if error.errno not in (errno.ETIMEDOUT, errno.EAGAIN):
+            # what ended the attempt before may have taken the parent along
+            orphan = attempt and how.get("mode") == "diff" and error.errno == errno.ENOENT
+            if error.errno not in (errno.ETIMEDOUT, errno.EAGAIN) and not orphan:
                 break
-            if how.get("mode") == "diff" and revoked(self):  # there is no parent any more
+            if orphan or (how.get("mode") == "diff" and revoked(self)):
                 how = {**how, "mode": "live"}
         raise AssertionError(f"{path} ({how or 'mkdir'}): {error}: {self.mount.error_of(path.parent)}")
 
