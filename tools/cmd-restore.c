@@ -58,6 +58,11 @@ void ffs_restore_note(struct ffs_restore *r, const char *fmt, ...)
 	json_object_array_add(r->notes, json_object_new_string(text));
 }
 
+static const struct ffs_argv *environment_of(const struct ffs_restore *r)
+{
+	return r->ops->environment ? r->ops->environment(r) : &r->conf.env;
+}
+
 int ffs_restore_open(const struct ffs_restore *r, const char *file, struct ffs_error *err)
 {
 	char dir[160], path[280];
@@ -192,7 +197,7 @@ static int start_process(struct herd *h, struct ffs_child *c, const struct ffs_a
 	if (h->stopping)
 		got = ffs_error_set(err, EINTR, "interrupted");
 	else
-		got = ffs_child_spawn(c, argv, h->r->ops->environment(h->r), err);
+		got = ffs_child_spawn(c, argv, environment_of(h->r), err);
 	pthread_mutex_unlock(&h->lock);
 	return got;
 }
@@ -371,7 +376,7 @@ static int show(const struct ffs_command *self, struct ffs_restore *r)
 	}
 	o = json_object_new_object();
 	json_object_object_add(o, "command", ffs_argv_json(&argv));
-	json_object_object_add(o, "environment", ffs_argv_json(r->ops->environment(r)));
+	json_object_object_add(o, "environment", ffs_argv_json(environment_of(r)));
 	json_object_object_add(o, "notes", json_object_get(r->notes));
 	ffs_print_json(o);
 	ffs_argv_free(&argv);
@@ -501,7 +506,7 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		code = ffs_failure(self, &err);
 	else
 		code = restore(self, &r, &a);
-	if (r.ops)
+	if (r.ops && r.ops->end)
 		r.ops->end(&r);
 	ffs_restore_conf_free(&r.conf);
 	ffs_close_fd(&r.memory_fd);

@@ -18,6 +18,7 @@
 #include "vmm/dial.h"
 
 #define NO_DEADLINE (UINT64_MAX / 4)
+#define SOCKET "api" /* in the child's directory */
 
 /* ---- the connection ---- */
 
@@ -26,12 +27,34 @@ static int ended(const struct ffs_child *c, struct ffs_error *err)
 	return ffs_error_set(err, ECONNRESET, "process %d has ended", (int)c->pid);
 }
 
-int ffs_restore_api_connect(struct ffs_child *c, const char *name, struct ffs_http *http, struct ffs_error *err)
+void ffs_restore_api_socket(struct ffs_child *c, char path[160])
 {
+	if (!c->dir[0])
+		return;
+	ffs_child_socket(c, "api", SOCKET, path);
+	snprintf(c->attach_socket, sizeof(c->attach_socket), "%s", path);
+}
+
+int ffs_restore_api_give_vmstate(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
+{
+	if (!c->dir[0])
+		return 0;
+	_cleanup_close_ int fd = ffs_restore_open(r, "vmstate", err);
+
+	return fd < 0 ? fd : ffs_child_give(c, FFS_CHILD_VMSTATE, fd, err);
+}
+
+int ffs_restore_api_connect(struct ffs_child *c, struct ffs_error *err)
+{
+	struct ffs_restore_talk *t = calloc(1, sizeof(*t));
 	char path[160], events[4096];
 	int sock, r;
 
-	snprintf(path, sizeof(path), "%s/%s", c->dir, name);
+	if (!t)
+		return ffs_error_set(err, ENOMEM, "no memory for a connection");
+	t->http.sock = -1;
+	c->talk = t;
+	snprintf(path, sizeof(path), "%s/" SOCKET, c->dir);
 	if (*c->watch < 0)
 		*c->watch = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
 	if (*c->watch < 0 || inotify_add_watch(*c->watch, c->dir, IN_CREATE | IN_MOVED_TO) < 0)
@@ -46,7 +69,7 @@ int ffs_restore_api_connect(struct ffs_child *c, const char *name, struct ffs_ht
 		while (read(*c->watch, events, sizeof(events)) > 0)
 			;
 	}
-	ffs_http_init(http, sock);
+	ffs_http_init(&t->http, sock);
 	return 0;
 }
 
@@ -55,9 +78,10 @@ static int child_ended(struct ffs_http_wait *w, struct ffs_error *err)
 	return ffs_error_set(err, ECONNRESET, "the VM has ended");
 }
 
-int ffs_restore_api_call(struct ffs_child *c, struct ffs_http *http, const char *method, const char *path,
-	const char *body, struct json_object **answer, struct ffs_error *err)
+int ffs_restore_api_call(struct ffs_child *c, const char *method, const char *path, const char *body,
+	struct json_object **answer, struct ffs_error *err)
 {
+	struct ffs_http *http = &((struct ffs_restore_talk *)c->talk)->http;
 	struct ffs_http_wait wait = {.fd = c->pidfd, .ready = child_ended};
 	struct ffs_http_answer a = {0};
 	struct json_object *said = NULL;
@@ -80,12 +104,25 @@ int ffs_restore_api_call(struct ffs_child *c, struct ffs_http *http, const char 
 	return r;
 }
 
-/* ---- the kind coop ---- */
+int ffs_restore_api_run(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
+{
+	const struct ffs_restore_talk *t = c->talk;
 
-struct talk {
-	struct ffs_http http;
-	bool running;
-};
+	/* the answer comes when it runs */
+	return t->running ? 0 : ffs_restore_api_call(c, "PATCH", "/vm", "{\"state\":\"Resumed\"}", NULL, err);
+}
+
+void ffs_restore_api_let_go(struct ffs_restore *r, struct ffs_child *c)
+{
+	struct ffs_restore_talk *t = c->talk;
+
+	if (t)
+		ffs_http_close(&t->http);
+	free(t);
+	c->talk = NULL;
+}
+
+/* ---- the kind coop ---- */
 
 static bool says(const struct ffs_restore *r, const char *word)
 {
@@ -112,30 +149,17 @@ static int plan(struct ffs_restore *r, struct ffs_error *err)
 	return 0;
 }
 
-static void end(struct ffs_restore *r)
-{
-}
-
-static const struct ffs_argv *environment(const struct ffs_restore *r)
-{
-	return &r->conf.env;
-}
-
 static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
 {
-	char memory[32], vmstate[32], mib[32], number[16], api[160] = "api";
+	char memory[32], vmstate[32], mib[32], number[16], api[160] = SOCKET;
 	const struct ffs_restore_word words[] = {{"memory", memory}, {"vmstate", vmstate}, {"api", api}, {"dir", c->dir},
 		{"memory_mib", mib}, {"number", number}};
-	int fd, got;
 
 	snprintf(memory, sizeof(memory), "/proc/self/fd/%d", FFS_CHILD_MEMORY);
 	snprintf(vmstate, sizeof(vmstate), "/proc/self/fd/%d", FFS_CHILD_VMSTATE);
 	snprintf(mib, sizeof(mib), "%llu", (unsigned long long)(r->memory_size >> 20));
 	snprintf(number, sizeof(number), "%u", c->number);
-	if (c->dir[0]) {
-		ffs_child_socket(c, "api", "api", api);
-		snprintf(c->attach_socket, sizeof(c->attach_socket), "%s", api);
-	}
+	ffs_restore_api_socket(c, api);
 	ffs_argv_add(out, r->conf.binary);
 	for (unsigned i = 0; i < r->conf.arg.n + r->n_user_args; i++) {
 		_cleanup_free_ char *word = ffs_restore_expand(
@@ -145,29 +169,20 @@ static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *
 			return ffs_error_set(err, ENOMEM, "no memory for a command line");
 		ffs_argv_add(out, word);
 	}
-	if (!c->dir[0])
-		return 0; /* it is only shown */
-	fd = ffs_restore_open(r, "vmstate", err);
-	got = fd < 0 ? fd : ffs_child_give(c, FFS_CHILD_VMSTATE, fd, err);
-	ffs_close_fd(&fd);
-	return got;
+	return ffs_restore_api_give_vmstate(r, c, err);
 }
 
 static int load(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
 {
-	struct talk *t = calloc(1, sizeof(*t));
 	struct json_object *root = NULL;
-	int got;
+	int got = ffs_restore_api_connect(c, err);
 
-	if (!t)
-		return ffs_error_set(err, ENOMEM, "no memory for a connection");
-	t->http.sock = -1;
-	c->talk = t;
-	got = ffs_restore_api_connect(c, "api", &t->http, err);
 	if (!got)
-		got = ffs_restore_api_call(c, &t->http, "GET", "/", NULL, &root, err);
+		got = ffs_restore_api_call(c, "GET", "/", NULL, &root, err);
 	if (got < 0)
 		return got;
+	struct ffs_restore_talk *t = c->talk;
+
 	t->running = !strcmp(ffs_json_string(root, "state"), "Running");
 	if (!t->running && strcmp(ffs_json_string(root, "state"), "Paused"))
 		got = ffs_error_set(err, EPROTO, "the VMM has not loaded the branch: its state is '%.40s'",
@@ -183,32 +198,11 @@ static int load(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *er
 	return got;
 }
 
-static int run(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
-{
-	struct talk *t = c->talk;
-
-	/* the answer comes when it runs */
-	return t->running ? 0
-			  : ffs_restore_api_call(c, &t->http, "PATCH", "/vm", "{\"state\":\"Resumed\"}", NULL, err);
-}
-
-static void let_go(struct ffs_restore *r, struct ffs_child *c)
-{
-	struct talk *t = c->talk;
-
-	if (t)
-		ffs_http_close(&t->http);
-	free(t);
-	c->talk = NULL;
-}
-
 const struct ffs_restore_ops ffs_restore_coop = {
 	.kind = "coop",
 	.plan = plan,
 	.command = command,
-	.environment = environment,
 	.load = load,
-	.run = run,
-	.let_go = let_go,
-	.end = end,
+	.run = ffs_restore_api_run,
+	.let_go = ffs_restore_api_let_go,
 };

@@ -20,7 +20,6 @@
 #include "base/util.h"
 #include "restore-api.h"
 
-#define API "api"
 #define PAGER_SOCKET "pager"
 
 struct plan {
@@ -143,20 +142,11 @@ static void end(struct ffs_restore *r)
 
 /* ---- one child ---- */
 
-static const struct ffs_argv *environment(const struct ffs_restore *r)
-{
-	return &r->conf.env;
-}
-
 static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
 {
-	char api[160] = API;
-	int fd, got;
+	char api[160] = "api";
 
-	if (c->dir[0]) {
-		ffs_child_socket(c, "api", API, api);
-		snprintf(c->attach_socket, sizeof(c->attach_socket), "%s", api);
-	}
+	ffs_restore_api_socket(c, api);
 	ffs_argv_add(out, r->conf.binary);
 	ffs_argv_add(out, "--api-sock");
 	ffs_argv_add(out, api);
@@ -164,12 +154,7 @@ static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *
 		ffs_argv_add(out, r->conf.arg.word[i]);
 	for (unsigned i = 0; i < r->n_user_args; i++)
 		ffs_argv_add(out, r->user_arg[i]);
-	if (!c->dir[0])
-		return 0; /* it is only shown */
-	fd = ffs_restore_open(r, "vmstate", err);
-	got = fd < 0 ? fd : ffs_child_give(c, FFS_CHILD_VMSTATE, fd, err);
-	ffs_close_fd(&fd);
-	return got;
+	return ffs_restore_api_give_vmstate(r, c, err);
 }
 
 /* The body of PUT /snapshot/load; the caller frees it. */
@@ -198,31 +183,10 @@ static char *load_request(struct ffs_restore *r, struct ffs_child *c)
 
 static int load(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
 {
-	struct ffs_http *http = calloc(1, sizeof(*http));
 	_cleanup_free_ char *body = load_request(r, c);
-	int got;
+	int got = body ? ffs_restore_api_connect(c, err) : ffs_error_set(err, ENOMEM, "no memory for a request");
 
-	if (!http || !body) {
-		free(http);
-		return ffs_error_set(err, ENOMEM, "no memory for a connection");
-	}
-	http->sock = -1;
-	c->talk = http;
-	got = ffs_restore_api_connect(c, API, http, err);
-	return got ? got : ffs_restore_api_call(c, http, "PUT", "/snapshot/load", body, NULL, err);
-}
-
-static int run(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
-{
-	return ffs_restore_api_call(c, c->talk, "PATCH", "/vm", "{\"state\":\"Resumed\"}", NULL, err);
-}
-
-static void let_go(struct ffs_restore *r, struct ffs_child *c)
-{
-	if (c->talk)
-		ffs_http_close(c->talk);
-	free(c->talk);
-	c->talk = NULL;
+	return got ? got : ffs_restore_api_call(c, "PUT", "/snapshot/load", body, NULL, err);
 }
 
 const struct ffs_restore_ops ffs_restore_firecracker = {
@@ -230,9 +194,8 @@ const struct ffs_restore_ops ffs_restore_firecracker = {
 	.plan = plan,
 	.begin = begin,
 	.command = command,
-	.environment = environment,
 	.load = load,
-	.run = run,
-	.let_go = let_go,
+	.run = ffs_restore_api_run,
+	.let_go = ffs_restore_api_let_go,
 	.end = end,
 };

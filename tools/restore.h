@@ -111,7 +111,7 @@ struct ffs_child {
 	char name[65];   /* of the sandbox it becomes; "": none */
 	char dir[100];   /* its own, 0700: sockets, console, what it says on stderr */
 	int inherit[FFS_CHILD_FDS]; /* [i] becomes descriptor 3 + i; -1: none. Owned */
-	int *watch; /* an inotify of the worker's, made when it is first needed: closing one takes long */
+	int *watch;                 /* an inotify of the worker's, made when needed: closing one takes long */
 	int control;                /* our end of what the kind talks over; -1: none */
 	void *talk;                 /* of the kind, from load to let_go */
 	pid_t pid;
@@ -159,7 +159,7 @@ struct ffs_restore_ops {
 	int (*begin)(struct ffs_restore *r, const char *dir, struct ffs_error *err);
 	/* The command line of one child, which has its directory and its descriptors. Any thread from here on. */
 	int (*command)(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err);
-	/* Further variables of its environment. */
+	/* Further variables of its environment. NULL: those of the host's configuration. */
 	const struct ffs_argv *(*environment)(const struct ffs_restore *r);
 	/* From started to stopped at the branch's instant; then to running. They wait for the VM's answers and for its
 	 * end, never for a time. */
@@ -167,7 +167,8 @@ struct ffs_restore_ops {
 	int (*run)(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
 	/* Nothing of it goes on after this; c->control is closed. Also after a failure. */
 	void (*let_go)(struct ffs_restore *r, struct ffs_child *c);
-	void (*end)(struct ffs_restore *r); /* the children have started, or have not; free r->plan */
+	/* The children have started, or have not; free r->plan. NULL: nothing. */
+	void (*end)(struct ffs_restore *r);
 };
 
 extern const struct ffs_restore_ops ffs_restore_qemu, ffs_restore_coop, ffs_restore_firecracker;
