@@ -297,13 +297,8 @@ static void write_task(struct ffs_task *t)
 	}
 	pthread_mutex_unlock(&fs->lock);
 	ffs_staged_free(staged);
-	if (!mine)
-		return;
-	if (r < 0)
-		ffs_reply_failure(
-			fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, &err);
-	else
-		fuse_reply_write(ffs_parked_req(t->p), t->size);
+	if (mine)
+		ffs_task_answer_write(t, r, &err);
 }
 
 void ffs_box_write(struct ffs_call *call, struct ffs_node *node, struct ffs_handle *h, const char *buf,
@@ -321,25 +316,11 @@ void ffs_box_write(struct ffs_call *call, struct ffs_node *node, struct ffs_hand
 		pthread_mutex_unlock(&call->fs->lock);
 		return;
 	}
-	struct ffs_task *t = ffs_task_new(call, true);
+	struct ffs_task *t = ffs_task_new_write(call, true, node, h, buf, size);
 
 	if (!t)
 		return;
-	t->buf = malloc(size + 1);
-	if (!t->buf) {
-		if (ffs_task_claim(t))
-			fuse_reply_err(ffs_parked_req(t->p), ENOMEM);
-		ffs_task_drop(t);
-		return;
-	}
-	memcpy(t->buf, buf, size);
-	t->buf[size] = '\0';
-	t->size = size;
 	t->offset = off;
-	pthread_mutex_lock(&call->fs->lock);
-	t->node = ffs_node_ref(node);
-	t->handle = ffs_handle_ref(h);
-	pthread_mutex_unlock(&call->fs->lock);
 	ffs_task_start(t, write_task);
 }
 

@@ -346,7 +346,6 @@ static int accept_bytes(struct ffs_txn *t, const char *buf, size_t len, struct f
 
 static void write_task(struct ffs_task *task)
 {
-	struct ffs_fs *fs = task->call.fs;
 	struct ffs_error err = {0};
 	int r = FFS_FAULT("fs-ctl-write");
 
@@ -355,11 +354,7 @@ static void write_task(struct ffs_task *task)
 		return;
 	if (!r)
 		r = accept_bytes(task->handle->txn, task->buf, task->size, &err);
-	if (r < 0)
-		ffs_reply_failure(
-			fs, ffs_parked_req(task->p), &task->call.who, ffs_node_dir_ino(task->node), -r, &err);
-	else
-		fuse_reply_write(ffs_parked_req(task->p), task->size);
+	ffs_task_answer_write(task, r, &err);
 }
 
 void ffs_ctl_write(
@@ -374,22 +369,8 @@ void ffs_ctl_write(
 		ffs_reply_failure(call->fs, call->req, &call->who, ffs_node_dir_ino(node), -r, &err);
 		return;
 	}
-	struct ffs_task *t = ffs_task_new(call, false);
+	struct ffs_task *t = ffs_task_new_write(call, false, node, h, buf, size);
 
-	if (!t)
-		return;
-	t->buf = malloc(size + 1);
-	if (!t->buf) {
-		if (ffs_task_claim(t))
-			fuse_reply_err(ffs_parked_req(t->p), ENOMEM);
-		ffs_task_drop(t);
-		return;
-	}
-	memcpy(t->buf, buf, size);
-	t->size = size;
-	pthread_mutex_lock(&call->fs->lock);
-	t->node = ffs_node_ref(node);
-	t->handle = ffs_handle_ref(h);
-	pthread_mutex_unlock(&call->fs->lock);
-	ffs_task_start(t, write_task);
+	if (t)
+		ffs_task_start(t, write_task);
 }

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "nodes.h"
 
@@ -142,6 +143,38 @@ struct ffs_task *ffs_task_new(struct ffs_call *call, bool cancellable)
 		return NULL;
 	}
 	return t;
+}
+
+struct ffs_task *ffs_task_new_write(struct ffs_call *call, bool cancellable, struct ffs_node *node,
+	struct ffs_handle *h, const char *buf, size_t size)
+{
+	struct ffs_task *t = ffs_task_new(call, cancellable);
+
+	if (!t)
+		return NULL;
+	t->buf = malloc(size + 1);
+	if (!t->buf) {
+		if (ffs_task_claim(t))
+			fuse_reply_err(ffs_parked_req(t->p), ENOMEM);
+		ffs_task_drop(t);
+		return NULL;
+	}
+	memcpy(t->buf, buf, size);
+	t->buf[size] = '\0';
+	t->size = size;
+	pthread_mutex_lock(&call->fs->lock);
+	t->node = ffs_node_ref(node);
+	t->handle = ffs_handle_ref(h);
+	pthread_mutex_unlock(&call->fs->lock);
+	return t;
+}
+
+void ffs_task_answer_write(struct ffs_task *t, int r, const struct ffs_error *err)
+{
+	if (r < 0)
+		ffs_reply_failure(t->call.fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, err);
+	else
+		fuse_reply_write(ffs_parked_req(t->p), t->size);
 }
 
 void ffs_task_drop(struct ffs_task *t)

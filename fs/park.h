@@ -61,6 +61,11 @@ struct ffs_task {
 /* Park the request: NULL when there is no memory (answered). The caller sets what the task needs; node, node2
  * and handle are references that the task gives back, buf is freed. */
 struct ffs_task *ffs_task_new(struct ffs_call *call, bool cancellable);
+/* The same for a write of a handle: with its node, the handle, and a copy of the bytes, a NUL after them. */
+struct ffs_task *ffs_task_new_write(struct ffs_call *call, bool cancellable, struct ffs_node *node,
+	struct ffs_handle *h, const char *buf, size_t size);
+/* Answer it, once claimed: all of it was written, or r < 0 and why. */
+void ffs_task_answer_write(struct ffs_task *t, int r, const struct ffs_error *err);
 /* Run it in the pool. */
 void ffs_task_start(struct ffs_task *t, void (*run)(struct ffs_task *t));
 /* Instead of starting it, after its request was answered. */
