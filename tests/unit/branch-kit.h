@@ -189,12 +189,13 @@ static inline bool becomes_idle(struct ffs_sandbox *sb, struct fake_vmm *f, unsi
 	return false;
 }
 
-static inline unsigned count_fds(pid_t pid)
+/* In a directory of /proc/PID. */
+static inline unsigned count_entries(pid_t pid, const char *what)
 {
 	char path[64];
 	unsigned n = 0;
 
-	snprintf(path, sizeof(path), "/proc/%d/fd", (int)pid);
+	snprintf(path, sizeof(path), "/proc/%d/%s", (int)pid, what);
 	DIR *d = opendir(path);
 
 	while (d && readdir(d))
@@ -202,6 +203,11 @@ static inline unsigned count_fds(pid_t pid)
 	if (d)
 		closedir(d);
 	return n;
+}
+
+static inline unsigned count_fds(pid_t pid)
+{
+	return count_entries(pid, "fd");
 }
 
 static inline int kit_setup(void **s)

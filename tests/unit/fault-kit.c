@@ -10,6 +10,7 @@
 #include "base/cancel.h"
 #include "base/fault.h"
 #include "base/util.h"
+#include "fake-vmm.h"
 
 #ifndef FFS_FAULTS
 int ffs_fault_point(const char *name);
@@ -184,5 +185,12 @@ int ffs_fault_point(const char *name)
 
 int ffs_fault_mutant(const char *name)
 {
+	return 0;
+}
+
+int faults_after(void **state)
+{
+	rules_none();
+	fake_vmm_stop_left_over();
 	return 0;
 }

@@ -19,3 +19,5 @@ bool wait_held(const char *name, unsigned ms);
 void let_go(const char *name);
 /* No rules, everybody goes on, names can be used again. */
 void rules_none(void);
+/* Teardown of a test: no rules, and no stand-in VMM that a failed test left behind. */
+int faults_after(void **state);

@@ -400,30 +400,23 @@ static void test_unref_in_callback(void **s)
 	fake_vmm_stop(&f);
 }
 
-static int after(void **s)
-{
-	rules_none();
-	fake_vmm_stop_left_over();
-	return 0;
-}
-
 int main(void)
 {
 	if (!fault_points_built())
 		return 77;
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test_teardown(test_late_release, after),
-		cmocka_unit_test_teardown(test_hole_before_event, after),
-		cmocka_unit_test_teardown(test_discard_one_page, after),
-		cmocka_unit_test_teardown(test_sweep_fails_beside_a_branch, after),
-		cmocka_unit_test_teardown(test_image_full, after),
-		cmocka_unit_test_teardown(test_slots_full, after),
-		cmocka_unit_test_teardown(test_unref_in_callback, after),
-		cmocka_unit_test_teardown(test_error_attach, after),
-		cmocka_unit_test_teardown(test_error_memfd, after),
-		cmocka_unit_test_teardown(test_error_anonymous, after),
-		cmocka_unit_test_teardown(test_error_tracking, after),
-		cmocka_unit_test_teardown(test_error_new_tracker, after),
+		cmocka_unit_test_teardown(test_late_release, faults_after),
+		cmocka_unit_test_teardown(test_hole_before_event, faults_after),
+		cmocka_unit_test_teardown(test_discard_one_page, faults_after),
+		cmocka_unit_test_teardown(test_sweep_fails_beside_a_branch, faults_after),
+		cmocka_unit_test_teardown(test_image_full, faults_after),
+		cmocka_unit_test_teardown(test_slots_full, faults_after),
+		cmocka_unit_test_teardown(test_unref_in_callback, faults_after),
+		cmocka_unit_test_teardown(test_error_attach, faults_after),
+		cmocka_unit_test_teardown(test_error_memfd, faults_after),
+		cmocka_unit_test_teardown(test_error_anonymous, faults_after),
+		cmocka_unit_test_teardown(test_error_tracking, faults_after),
+		cmocka_unit_test_teardown(test_error_new_tracker, faults_after),
 	};
 
 	cmocka_set_test_filter(getenv("FORKFS_TEST_FILTER"));

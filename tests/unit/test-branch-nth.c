@@ -13,21 +13,6 @@ static const uint64_t sizes[] = {12 * 65536 + 5 * 4096, 3 * 4096};
 /* What the C library keeps for later: stacks of threads, heaps. A leak comes with every step. */
 #define SLACK 6u
 
-static unsigned count_entries(pid_t pid, const char *what)
-{
-	char path[64];
-	unsigned n = 0;
-
-	snprintf(path, sizeof(path), "/proc/%d/%s", (int)pid, what);
-	DIR *d = opendir(path);
-
-	while (d && readdir(d))
-		n++;
-	if (d)
-		closedir(d);
-	return n;
-}
-
 static unsigned count_mappings(pid_t pid)
 {
 	char path[64], line[512];
@@ -193,24 +178,17 @@ static void test_diff(void **s)
 	error_everywhere(FAKE_MEMFD, FFS_BRANCH_DIFF, true);
 }
 
-static int after(void **s)
-{
-	rules_none();
-	fake_vmm_stop_left_over();
-	return 0;
-}
-
 int main(void)
 {
 	if (!fault_points_built())
 		return 77;
 	mallopt(M_ARENA_MAX, 1); /* mappings are counted */
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test_teardown(test_live, after),
-		cmocka_unit_test_teardown(test_live_tracked, after),
-		cmocka_unit_test_teardown(test_full, after),
-		cmocka_unit_test_teardown(test_full_tracked, after),
-		cmocka_unit_test_teardown(test_diff, after),
+		cmocka_unit_test_teardown(test_live, faults_after),
+		cmocka_unit_test_teardown(test_live_tracked, faults_after),
+		cmocka_unit_test_teardown(test_full, faults_after),
+		cmocka_unit_test_teardown(test_full_tracked, faults_after),
+		cmocka_unit_test_teardown(test_diff, faults_after),
 	};
 
 	cmocka_set_test_filter(getenv("FORKFS_TEST_FILTER"));

@@ -261,26 +261,19 @@ static void test_does_not_stop(void **s)
 	fake_vmm_stop(&f);
 }
 
-static int after(void **s)
-{
-	rules_none();
-	fake_vmm_stop_left_over();
-	return 0;
-}
-
 int main(void)
 {
 	if (!fault_points_built())
 		return 77;
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test_teardown(test_hang_in_pause, after),
-		cmocka_unit_test_teardown(test_handler_hangs, after),
-		cmocka_unit_test_teardown(test_handler_hangs_tracking, after),
-		cmocka_unit_test_teardown(test_resume_owed, after),
-		cmocka_unit_test_teardown(test_does_not_stop, after),
-		cmocka_unit_test_teardown(test_detach_at_each_step, after),
-		cmocka_unit_test_teardown(test_vmm_dies_memfd, after),
-		cmocka_unit_test_teardown(test_vmm_dies_anonymous, after),
+		cmocka_unit_test_teardown(test_hang_in_pause, faults_after),
+		cmocka_unit_test_teardown(test_handler_hangs, faults_after),
+		cmocka_unit_test_teardown(test_handler_hangs_tracking, faults_after),
+		cmocka_unit_test_teardown(test_resume_owed, faults_after),
+		cmocka_unit_test_teardown(test_does_not_stop, faults_after),
+		cmocka_unit_test_teardown(test_detach_at_each_step, faults_after),
+		cmocka_unit_test_teardown(test_vmm_dies_memfd, faults_after),
+		cmocka_unit_test_teardown(test_vmm_dies_anonymous, faults_after),
 	};
 
 	return cmocka_run_group_tests(tests, kit_setup, kit_teardown);
