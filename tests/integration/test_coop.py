@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from forkfs_test import rig
+from forkfs_test import processes, rig
 from forkfs_test.api import (PAUSED, SAVED, ApiRig, check_death, check_paused_by_others, check_paused_meanwhile,
                              check_resumed_by_others)
 from forkfs_test.microvm import MicroVm
@@ -76,20 +76,9 @@ def test_child_is_branched(case):
     r.mount.run("detach", "child")
     assert rig.state(grandchild) == "ready"
     deadline = time.monotonic() + 10
-    while any(link.startswith(f"{r.mount.path}/") for link in links(r.mount.pid)):
-        assert time.monotonic() < deadline, links(r.mount.pid)
+    while any(link.startswith(f"{r.mount.path}/") for link in processes.open_files(r.mount.pid).values()):
+        assert time.monotonic() < deadline, processes.open_files(r.mount.pid)
         time.sleep(0.005)
-
-
-def links(pid):
-    """What a process has open."""
-    found = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
-        except FileNotFoundError:
-            pass
-    return found
 
 
 def test_killed_before_save(case):

@@ -47,9 +47,9 @@ def check_goes_on(guest):
 def opened_for_reading(guest, path):
     """True when each of the VMM's files of that path is open for reading only, and there is one."""
     flags = []
-    for name in os.listdir(f"/proc/{guest.pid}/fd"):
-        if os.readlink(f"/proc/{guest.pid}/fd/{name}") == str(path):
-            with open(f"/proc/{guest.pid}/fdinfo/{name}") as info:
+    for fd, link in processes.open_files(guest.pid).items():
+        if link == str(path):
+            with open(fd.replace("/fd/", "/fdinfo/")) as info:
                 flags += [int(line.split()[1], 8) & os.O_ACCMODE for line in info if line.startswith("flags:")]
     return flags and not any(flags)
 

@@ -4,20 +4,13 @@ import errno
 import json
 import mmap
 import os
-import pathlib
 
 from forkfs_test import rig
 
 
-def memfd(guest):
-    """The VMM's memfd of guest memory, as a path."""
-    directory = pathlib.Path(f"/proc/{guest.pid}/fd")
-    return next(p for p in directory.iterdir() if "memory-backend-memfd" in os.readlink(p))
-
-
 def map_guest(guest):
     """Map guest memory as a vhost-user back end does."""
-    fd = os.open(memfd(guest), os.O_RDWR)
+    fd = os.open(guest.memfd(), os.O_RDWR)
     mapping = mmap.mmap(fd, 4096)
     os.close(fd)
     return mapping

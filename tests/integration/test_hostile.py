@@ -18,7 +18,7 @@ import signal
 import struct
 import time
 
-from forkfs_test import rig
+from forkfs_test import processes, rig
 
 TIMEOUT = {"test_unchanged": 180, "test_unchanged_without_passthrough": 180, "test_many_clients": 180, "test_ten_thousand_opens": 180,
            "test_killed_clients": 180}
@@ -380,12 +380,7 @@ def test_odd_names(case):
 
 def open_files(pid):
     """What the daemon has open, each with how often; not counted: /dev/fuse, of which each thread that was ever needed has one."""
-    found = collections.Counter()
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            found[re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{name}"))] += 1
-        except OSError:  # closed meanwhile
-            pass
+    found = collections.Counter(re.sub(r"\d+", "N", link) for link in processes.open_files(pid).values())
     del found["/dev/fuse"]
     return found
 

@@ -300,7 +300,7 @@ def test_hostile(case):
     vmm.check_killed()
     assert "not its memory" in small.event("killed")["why"]
     good.check()
-    left = [os.readlink(f"/proc/{pager.process.pid}/fd/{n}") for n in os.listdir(f"/proc/{pager.process.pid}/fd")]
+    left = list(processes.open_files(pager.process.pid).values())
     assert sum("userfaultfd" in link for link in left) == 1, left
 
 

@@ -2,10 +2,9 @@
 
 import errno
 import json
-import os
 import time
 
-from forkfs_test import rig
+from forkfs_test import processes, rig
 from forkfs_test.guest import MIB
 
 RUN = ["counter", "load,mib=96,fill=1,rate=200"]
@@ -19,13 +18,7 @@ def status(branch):
 
 def images(pid):
     """How many branches' images a process has open."""
-    found = 0
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            found += "forkfs-image" in os.readlink(f"/proc/{pid}/fd/{fd}")
-        except FileNotFoundError:
-            pass  # closed meanwhile
-    return found
+    return sum("forkfs-image" in link for link in processes.open_files(pid).values())
 
 
 def test_rate(case):

@@ -1,7 +1,6 @@
 """RAM in two places of the guest's address space, most of it never touched."""
 
 import json
-import os
 import pathlib
 
 from forkfs_test import rig, truth
@@ -13,12 +12,6 @@ HIGH = 4096 * MIB
 GROWTH = 16 * MIB // 512
 
 
-def memfd_path(guest):
-    """The VMM's memfd of guest memory, as a path."""
-    directory = pathlib.Path(f"/proc/{guest.pid}/fd")
-    return next(p for p in directory.iterdir() if "memory-backend-memfd" in os.readlink(p))
-
-
 def test_above_the_hole(case):
     """The branch has both ranges at their places, and what was never touched stays so, in the VM as in the branch."""
     r = rig.Rig(case, machine="q35", mib=SIZE_MIB, run=["counter", "load,mib=32,rate=2000"])
@@ -26,7 +19,7 @@ def test_above_the_hole(case):
     hold, held = r.hold, pathlib.Path(f"{r.hold}.held")
     r.mount.faults(f"{rig.INSTANT} hold:{hold}")
     copier = case.start("bash", "-c", (
-        f"until [ -e {held} ]; do sleep 0.002; done; cp --sparse=always {memfd_path(r.guest)} {r.truth}; touch {hold}"))
+        f"until [ -e {held} ]; do sleep 0.002; done; cp --sparse=always {r.guest.memfd()} {r.truth}; touch {hold}"))
     branch = r.branch("b1")
     assert copier.wait(timeout=30) == 0
     r.mount.faults()

@@ -160,7 +160,7 @@ def test_refused(case):
 def test_torn(case):
     """A branch that may be torn is started by who says so only."""
     r = rig.Rig(case, mib=128)
-    memfd = next(p for p in pathlib.Path(f"/proc/{r.guest.pid}/fd").iterdir() if "memory-backend-memfd" in os.readlink(p))
+    memfd = r.guest.memfd()
     fd = os.open(memfd, os.O_RDWR)
     r.mount.run("branch", "sbx1", "torn", "--force")
     os.close(fd)

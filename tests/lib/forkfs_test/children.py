@@ -47,8 +47,7 @@ class Child:
 
     def files(self):
         """The files it has open."""
-        where = f"/proc/{self.pid}/fd"
-        return [os.readlink(f"{where}/{n}") for n in os.listdir(where)]
+        return list(processes.open_files(self.pid).values())
 
     def pss(self):
         """Bytes of memory that are its own: pages shared with n others count for an n-th."""

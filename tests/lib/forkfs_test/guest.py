@@ -199,13 +199,7 @@ class Guest:
 
     def fds(self):
         """The VMM's open files, by what they are, each with how often."""
-        found = collections.Counter()
-        for name in os.listdir(f"/proc/{self.pid}/fd"):
-            try:
-                found[os.readlink(f"/proc/{self.pid}/fd/{name}")] += 1
-            except OSError:
-                pass
-        return found
+        return collections.Counter(processes.open_files(self.pid).values())
 
     def check_free(self, fds, within=1.0):
         """Fail unless within so many seconds nothing of the VMM is registered, and its files are those it had.
@@ -230,13 +224,16 @@ class Guest:
                 f"too few: {dict(fds - now)}")
             time.sleep(0.01)
 
-    def memfd_blocks(self):
-        """512-byte blocks that are allocated to the memfd which is the guest's memory."""
-        for name in os.listdir(f"/proc/{self.pid}/fd"):
-            path = f"/proc/{self.pid}/fd/{name}"
-            if "memory-backend-memfd" in os.readlink(path):
-                return os.stat(path).st_blocks
+    def memfd(self):
+        """The memfd which is the guest's memory, as a path."""
+        for path, link in processes.open_files(self.pid).items():
+            if "memory-backend-memfd" in link:
+                return path
         raise AssertionError(f"{self.name} has no memfd")
+
+    def memfd_blocks(self):
+        """512-byte blocks that are allocated to that memfd."""
+        return os.stat(self.memfd()).st_blocks
 
     def stop(self):
         """End the VM."""

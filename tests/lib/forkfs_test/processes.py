@@ -123,6 +123,18 @@ def is_daemon(pid):
         return False
 
 
+def open_files(pid):
+    """What each of a process's descriptors leads to, by its path in /proc; left out is what is closed meanwhile."""
+    found = {}
+    where = f"/proc/{pid}/fd"
+    for name in os.listdir(where):
+        try:
+            found[f"{where}/{name}"] = os.readlink(f"{where}/{name}")
+        except FileNotFoundError:
+            pass
+    return found
+
+
 def protected(pid):
     """How many mappings of a process are registered for write protection."""
     with open(f"/proc/{pid}/smaps") as f:
@@ -135,5 +147,5 @@ def wait_free(pid, name, within):
     while protected(pid):
         assert time.monotonic() < deadline, f"{name} is still protected after {within} s"
         time.sleep(0.005)
-    links = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
+    links = list(open_files(pid).values())
     assert "anon_inode:[userfaultfd]" not in links, links
