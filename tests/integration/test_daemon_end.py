@@ -85,7 +85,7 @@ def test_sigterm(case):
     r.guest.check_runs(1.0)
     r.guest.check_free(fds)
     for client in clients:
-        client.wait(timeout=5)
+        client.wait(timeout=30)
     if by_kernel:
         assert sha256(passed) == (size, right), "a file served by the kernel has changed"
         assert hashlib.sha256(kept).hexdigest() == right, "a mapping served by the kernel has changed"

@@ -653,12 +653,12 @@ def test_killed_clients(case):
         release.touch()
         r.guest.check_runs(3)
         if left is not None:
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 30
             while left != undone():
                 assert time.monotonic() < deadline, f"{what}: branches are {os.listdir(branches)}"
                 time.sleep(0.02)
         # the name can be had again: whatever was under way has come to its end
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while True:
             errno_of(os.rmdir, branches / "victim")
             code = errno_of(os.mkdir, branches / "victim")
@@ -720,7 +720,7 @@ def test_interrupted_clients(case):
     assert b1.is_dir(), "an interrupted rmdir or mv was carried out"
     r.mount.run("detach", "sbx1")
     check("fs-attach", ctl(meta / "ctl", {"attach": {"name": "sbx1", "qemu": r.guest.qmp_path}}))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while r.mount.run("attach", "sbx1", "--qemu", r.guest.qmp_path, check=False).code != 0:
         assert time.monotonic() < deadline, "what was interrupted is in the way for ever"
         time.sleep(0.1)

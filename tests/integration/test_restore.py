@@ -64,7 +64,7 @@ def test_recipe(case):
     def end_all():
         (case.dir / "console").touch()
         for pid in processes.marked(case.id):
-            if not processes.is_daemon(pid) and os.path.basename(os.readlink(f"/proc/{pid}/exe")).startswith("qemu-system"):
+            if processes.program(pid).startswith("qemu-system"):
                 processes.kill([pid])
         case.run(case.forkfs(), "umount", case.dir / "forkfs", check=False)
 

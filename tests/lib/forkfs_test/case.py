@@ -89,7 +89,7 @@ class Case:
                 function()
             except (AssertionError, OSError, subprocess.SubprocessError) as e:
                 wrong.append(f"at the end: {e}")
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + 10
         while processes.marked(self.id) and time.monotonic() < deadline:
             time.sleep(0.02)
         left = processes.marked(self.id)

@@ -115,12 +115,17 @@ def unmount_all(directory):
     return found
 
 
+def program(pid):
+    """The name of the program that a process runs; empty for one that has ended."""
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+    except OSError:
+        return ""
+
+
 def is_daemon(pid):
     """True for a forkfs daemon or one of its helpers, told by the program it runs."""
-    try:
-        return os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "forkfs"
-    except OSError:
-        return False
+    return program(pid) == "forkfs"
 
 
 def open_files(pid):
