@@ -227,7 +227,7 @@ def standin(case, number, orders):
 
 def descriptors(mount):
     """What files the daemon has open, /dev/fuse apart: each of its threads has one, and they come and go with the load."""
-    return sorted(link for link in links(mount.pid) if link != "/dev/fuse")
+    return sorted(link for link in processes.open_files(mount.pid).values() if link != "/dev/fuse")
 
 
 def test_hostile(case):
