@@ -166,6 +166,7 @@ struct ffs_sandbox {
 	struct ffs_permit_owner permits; /* those of its takes that wait for one */
 	struct ffs_disks *disks;         /* named at attach, fixed; NULL: none */
 	struct ffs_vmm *vmm; /* used by whoever is `busy`; NULL once detached (changes under lock) */
+	struct ffs_foreign_known *known; /* by the last scan; used by whoever is `busy` */
 
 	pthread_mutex_t lock; /* below */
 	pthread_cond_t idle;  /* busy became false */

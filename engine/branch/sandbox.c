@@ -12,6 +12,7 @@
 #include "base/log.h"
 #include "branch/internal.h"
 #include "branch/sandbox.h"
+#include "guest/foreign.h"
 
 const char *ffs_run_state_name(enum ffs_run_state s)
 {
@@ -186,6 +187,7 @@ static void sandbox_free(struct ffs_sandbox *sb)
 	ffs_disks_free(sb->disks);
 	json_object_put(sb->vmm_desc);
 	json_object_put(sb->findings);
+	ffs_foreign_known_free(sb->known);
 	pthread_cond_destroy(&sb->idle);
 	pthread_mutex_destroy(&sb->lock);
 	free(sb->name);

@@ -47,7 +47,7 @@ int ffs_sandbox_scan(struct ffs_sandbox *sb, bool force, uint64_t *took_ns, stru
 
 	if (!f)
 		return ffs_error_set(err, ENOMEM, "out of memory for a look at the memory of %s", sb->name);
-	int e = ffs_foreign_scan(sb->proc, &sb->tracker->geo, f, took_ns, &why);
+	int e = ffs_foreign_scan(sb->proc, &sb->tracker->geo, &sb->known, f, took_ns, &why);
 	struct json_object *found = findings_json(f);
 
 	pthread_mutex_lock(&sb->lock);

@@ -60,6 +60,7 @@ static void report(struct ffs_walk *w, enum ffs_foreign_kind kind, pid_t pid, co
 	const char *does = kind == FFS_FOREIGN_MAPPING ? "maps" : "holds open for writing";
 
 	pthread_mutex_lock(&w->lock);
+	w->reports++;
 	ffs_foreign_add(&w->found, kind, pid,
 		"%s the guest memory %s of the VMM (pid %d)%s (a vhost-user back end?): what it writes is "
 		"not "

@@ -1,6 +1,7 @@
 /* Looks at every other process of the machine for guest memory that it could write, as cheaply as can be:
  * with BPF iterators (foreign-bpf.c) the kernel goes through all files, and if need be all mappings, itself.
- * Without them it takes /proc, process by process (foreign-proc.c).
+ * Without them it takes /proc, process by process (foreign-proc.c), and passes over those that have not run
+ * since the look before (foreign-known.c).
  *
  * A walk is owned by its caller and its worker threads together (refs); workers share the position in the
  * directory /proc, which the kernel locks, or have an iterator each. walk->lock protects the results. A
@@ -38,6 +39,8 @@ static void walk_unref(struct ffs_walk *w)
 	if (atomic_fetch_sub(&w->refs, 1) != 1)
 		return;
 	ffs_close_fd(&w->proc);
+	ffs_foreign_known_free(w->before);
+	ffs_foreign_known_free(w->after);
 	pthread_cond_destroy(&w->changed);
 	pthread_mutex_destroy(&w->lock);
 	free(w);
@@ -52,6 +55,44 @@ static void count_mappings(struct ffs_walk *w, const struct ffs_bpf_record *r)
 	pthread_mutex_unlock(&w->lock);
 }
 
+static unsigned reports(struct ffs_walk *w)
+{
+	pthread_mutex_lock(&w->lock);
+	unsigned n = w->reports;
+
+	pthread_mutex_unlock(&w->lock);
+	return n;
+}
+
+/* Nothing was found in that process. `before`: the reports when the look began; another thread's report in
+ * between only costs a look at this one next time. */
+static void remember(struct ffs_walk *w, const struct ffs_known_mark *mark, unsigned before)
+{
+	pthread_mutex_lock(&w->lock);
+	if (w->reports == before)
+		ffs_known_add(w->after, mark);
+	pthread_mutex_unlock(&w->lock);
+}
+
+/* As ffs_walk_process(), unless the process has not run since it was looked at. */
+static int look_again(struct ffs_walk *w, const char *number, pid_t pid)
+{
+	struct ffs_known_mark mark = {0};
+	unsigned before = reports(w);
+
+	if (w->before && (ffs_known_quiet(w->before, w->proc, pid, &mark) || (w->stale && mark.n))) {
+		remember(w, &mark, before);
+		atomic_fetch_add(&w->quiet, 1);
+		return 0;
+	}
+	ffs_known_mark(w->proc, pid, &mark);
+	int e = ffs_walk_process(w, number);
+
+	if (e == 1 && mark.n)
+		remember(w, &mark, before);
+	return e;
+}
+
 static int look_at_process(void *arg, int dir, const char *number)
 {
 	const struct worker *me = arg;
@@ -61,7 +102,7 @@ static int look_at_process(void *arg, int dir, const char *number)
 	if (pid == w->self || pid == w->vmm.pid)
 		return 0;
 	atomic_store(&w->at[me->number], pid);
-	int e = ffs_walk_process(w, number);
+	int e = w->after ? look_again(w, number, pid) : ffs_walk_process(w, number);
 
 	if (e == -EACCES || e == -EPERM) {
 		pthread_mutex_lock(&w->lock);
@@ -129,6 +170,7 @@ static struct ffs_walk *walk_new(struct ffs_proc_id vmm, const struct ffs_geomet
 		return NULL;
 	atomic_init(&w->refs, 1);
 	atomic_init(&w->query, FFS_FAULT("procmap-query") == 0);
+	w->stale = FFS_MUTANT("stale-known");
 	w->vmm = vmm;
 	w->geo = *geo;
 	w->self = getpid();
@@ -222,6 +264,7 @@ static void merge(struct ffs_walk *w, struct ffs_foreign *out)
 			"with CAP_SYS_PTRACE, and outside of user namespaces",
 			w->unreadable);
 	out->processes = (unsigned)atomic_load(&w->progress);
+	out->quiet = atomic_load(&w->quiet);
 	out->dropped += w->found.dropped;
 	for (unsigned i = 0; i < w->found.n; i++) {
 		bool refuses = w->found.list[i].kind < FFS_FOREIGN_FIRST_HARMLESS;
@@ -237,9 +280,29 @@ static void merge(struct ffs_walk *w, struct ffs_foreign *out)
 	}
 }
 
-/* One pass. `shared`: what it learned about the regions' inodes, or NULL. */
+/* The walk owns what is known for as long as it lasts: a thread that is left behind may still read it. */
+static void take_known(struct ffs_walk *w, struct ffs_foreign_known **known)
+{
+	w->before = ffs_steal_ptr(known);
+	w->after = ffs_known_new(w->vmm, &w->geo);
+	if (!ffs_known_fits(w->before, w->vmm, &w->geo)) {
+		ffs_foreign_known_free(w->before);
+		w->before = NULL;
+	}
+}
+
+/* With walk->lock held, after a whole pass that nobody was left behind in. */
+static void give_known(struct ffs_walk *w, struct ffs_foreign_known **known)
+{
+	if (w->after)
+		ffs_known_sort(w->after);
+	*known = ffs_steal_ptr(&w->after);
+}
+
+/* One pass. `shared`: what it learned about the regions' inodes, or NULL. `known`: as for
+ * ffs_foreign_scan(). */
 static int walk_once(struct ffs_proc_id vmm, const struct ffs_geometry *geo, int iter, bool mappings,
-	int64_t *shared, struct ffs_foreign *out, struct ffs_error *err)
+	int64_t *shared, struct ffs_foreign_known **known, struct ffs_foreign *out, struct ffs_error *err)
 {
 	struct ffs_walk *w = walk_new(vmm, geo);
 
@@ -248,6 +311,8 @@ static int walk_once(struct ffs_proc_id vmm, const struct ffs_geometry *geo, int
 		return ffs_error_set(
 			err, ENOMEM, "out of memory for a look at the processes of this machine");
 	}
+	if (known)
+		take_known(w, known);
 	int e = w->proc < 0 ? -ENOENT : start_workers(w, iter, mappings);
 
 	if (w->proc < 0)
@@ -261,6 +326,8 @@ static int walk_once(struct ffs_proc_id vmm, const struct ffs_geometry *geo, int
 		e = -ETIMEDOUT; /* an iterator does not say which process it hangs at; /proc does */
 	if (e == 0)
 		merge(w, out);
+	if (e == 0 && known && !w->abandoned)
+		give_known(w, known);
 	if (shared)
 		memcpy(shared, w->shared, sizeof(w->shared));
 	pthread_mutex_unlock(&w->lock);
@@ -298,7 +365,7 @@ static int walk_by_kernel(struct ffs_proc_id vmm, const struct ffs_geometry *geo
 		ffs_close_fd(&iter);
 		return e;
 	}
-	e = walk_once(vmm, geo, iter, false, shared, out, NULL);
+	e = walk_once(vmm, geo, iter, false, shared, NULL, out, NULL);
 	if (e == 0)
 		e = own_mappings(vmm, geo, after);
 	if (e < 0)
@@ -308,11 +375,11 @@ static int walk_by_kernel(struct ffs_proc_id vmm, const struct ffs_geometry *geo
 	if (all && !FFS_FAULT("bpf-count"))
 		return 0;
 	iter = ffs_bpf_iter_open(geo, true);
-	return iter < 0 ? iter : walk_once(vmm, geo, iter, true, NULL, out, NULL);
+	return iter < 0 ? iter : walk_once(vmm, geo, iter, true, NULL, NULL, out, NULL);
 }
 
-int ffs_foreign_walk(struct ffs_proc_id vmm, const struct ffs_geometry *geo, struct ffs_foreign *out,
-	struct ffs_error *err)
+int ffs_foreign_walk(struct ffs_proc_id vmm, const struct ffs_geometry *geo, struct ffs_foreign_known **known,
+	struct ffs_foreign *out, struct ffs_error *err)
 {
 	bool files = false;
 
@@ -326,5 +393,5 @@ int ffs_foreign_walk(struct ffs_proc_id vmm, const struct ffs_geometry *geo, str
 			"earlier looks at the processes of this machine still hang in the kernel: find the "
 			"processes in uninterruptible sleep (ps -eo pid,stat,comm) and end what they wait "
 			"for");
-	return walk_by_kernel(vmm, geo, out) == 0 ? 0 : walk_once(vmm, geo, -1, false, NULL, out, err);
+	return walk_by_kernel(vmm, geo, out) == 0 ? 0 : walk_once(vmm, geo, -1, false, NULL, known, out, err);
 }

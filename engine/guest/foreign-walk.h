@@ -1,9 +1,11 @@
-/* Between foreign.c (the VMM itself), foreign-walk.c (everybody else) and foreign-proc.c (one of them). */
+/* Between foreign.c (the VMM itself), foreign-walk.c (everybody else), foreign-proc.c (one of them) and
+ * foreign-known.c (those that have not run since the look before). */
 #pragma once
 
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "guest/foreign-known.h"
 #include "guest/foreign.h"
 
 /* Add a finding, one per kind and process. The caller excludes others. comm is read from /proc. `fmt` goes on
@@ -20,9 +22,9 @@ int ffs_foreign_each(int dir, int (*fn)(void *arg, int dir, const char *number),
 const struct ffs_region *ffs_foreign_region(const struct ffs_geometry *geo, uint64_t dev, uint64_t ino,
 	uint64_t start, uint64_t end, uint64_t offset, bool hva);
 
-/* Look at every other process. 0 or -errno with the sentence. */
-int ffs_foreign_walk(struct ffs_proc_id vmm, const struct ffs_geometry *geo, struct ffs_foreign *out,
-	struct ffs_error *err);
+/* Look at every other process; `known` as for ffs_foreign_scan(). 0 or -errno with the sentence. */
+int ffs_foreign_walk(struct ffs_proc_id vmm, const struct ffs_geometry *geo, struct ffs_foreign_known **known,
+	struct ffs_foreign *out, struct ffs_error *err);
 
 #define FFS_WALK_WORKERS 4u
 
@@ -34,7 +36,9 @@ struct ffs_walk {
 	pid_t self;
 	bool fds;          /* a region is shared: holding its file open for writing is enough to write it */
 	atomic_bool query; /* the kernel knows PROCMAP_QUERY, as far as we know */
+	bool stale;        /* the mutant that takes everybody known for quiet */
 	_Atomic uint64_t progress;
+	atomic_uint quiet;
 	_Atomic pid_t at[FFS_WALK_WORKERS]; /* what each is looking at; 0: it has ended */
 
 	pthread_mutex_t lock;
@@ -45,6 +49,8 @@ struct ffs_walk {
 	unsigned unreadable;
 	pid_t first_unreadable;
 	struct ffs_foreign found;
+	unsigned reports;                         /* findings of any process, dropped ones too */
+	struct ffs_foreign_known *before, *after; /* before: constant; NULL: nobody is known, or is to be */
 	/* of each region's inode, all processes together: shared mappings that may write; -1: not known */
 	int64_t shared[FFS_MAX_REGIONS];
 	struct ffs_geometry geo; /* not under lock: never changes */

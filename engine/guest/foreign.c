@@ -364,8 +364,8 @@ static int by_weight(const void *a, const void *b)
 	return x->pid != y->pid ? (x->pid > y->pid) - (x->pid < y->pid) : (int)x->kind - (int)y->kind;
 }
 
-int ffs_foreign_scan(struct ffs_proc_id vmm, const struct ffs_geometry *geo, struct ffs_foreign *out,
-	uint64_t *took_ns, struct ffs_error *err)
+int ffs_foreign_scan(struct ffs_proc_id vmm, const struct ffs_geometry *geo, struct ffs_foreign_known **known,
+	struct ffs_foreign *out, uint64_t *took_ns, struct ffs_error *err)
 {
 	uint64_t start = ffs_now_ns();
 
@@ -382,7 +382,7 @@ int ffs_foreign_scan(struct ffs_proc_id vmm, const struct ffs_geometry *geo, str
 	if (e == 0)
 		e = check_ksm(vmm, geo, out, err);
 	if (e == 0)
-		e = ffs_foreign_walk(vmm, geo, out, err);
+		e = ffs_foreign_walk(vmm, geo, known, out, err);
 	/* what was read was that process's only if it is still there */
 	if (!ffs_proc_alive(vmm))
 		e = ffs_error_set(err, ESRCH, "the VMM (pid %d) has exited", (int)vmm.pid);

@@ -4,8 +4,9 @@
  * and other mappings of the same memory, devices that write it by DMA, buffers pinned for io_uring, KSM. A
  * look sees one moment: who gets the memory afterwards (a descriptor passed on, a mapping made writable) is
  * seen by the next one. Not seen at all: processes of other pid namespaces, descriptors in flight in a socket
- * or held by a thread whose table is its own, rings without a descriptor (IORING_SETUP_REGISTERED_FD_ONLY).
- */
+ * or held by a thread whose table is its own, rings without a descriptor (IORING_SETUP_REGISTERED_FD_ONLY);
+ * where an earlier look is built upon, what a process that has not run since got through another one that
+ * shares its table or memory (CLONE_FILES, CLONE_VM) and has ended. */
 #pragma once
 
 #include <stdbool.h>
@@ -44,20 +45,28 @@ struct ffs_foreign {
 	unsigned n, refusing; /* entries of list; those of them that refuse a branch */
 	unsigned dropped;     /* findings that found no room */
 	unsigned processes;   /* others that were looked at one by one; 0: the kernel did it */
+	unsigned quiet;       /* those of them that have not run since an earlier look */
 	struct ffs_foreign_finding list[FFS_FOREIGN_MAX];
 };
 
 /* "mapping", "descriptor", … */
 const char *ffs_foreign_kind_name(enum ffs_foreign_kind kind);
 
+/* What earlier looks at the same VMM found harmless and can be built upon. One thread at a time. */
+struct ffs_foreign_known;
+void ffs_foreign_known_free(struct ffs_foreign_known *known);
+
 /* Look for all of it, once. *out is filled in any case (empty at worst), *took_ns (may be NULL) is what it
  * took. 0: nothing that refuses a branch. -EBUSY with out->refusing > 0: the sentence of the first of them;
  * who insists goes on all the same. Else the look itself failed: -ESRCH (the VMM is gone), -EACCES (may not
  * look at it), -ENOMEM, … with out->refusing 0.
  *
+ * `known` (may be NULL) points to what an earlier look left, NULL at first, and is replaced; the caller frees
+ * it. A process that has not run since is not gone through again: its own doing is what would change it.
+ *
  * The calling process is not looked at: it must itself hold guest memory for reading only. Processes are read
  * by up to four threads that live for this call; one that hangs in the kernel (on another process's mmap
  * lock) for a second is left behind. Never waits for a file system or for a process. Any thread; outside any
  * pause. */
-int ffs_foreign_scan(struct ffs_proc_id vmm, const struct ffs_geometry *geo, struct ffs_foreign *out,
-	uint64_t *took_ns, struct ffs_error *err);
+int ffs_foreign_scan(struct ffs_proc_id vmm, const struct ffs_geometry *geo, struct ffs_foreign_known **known,
+	struct ffs_foreign *out, uint64_t *took_ns, struct ffs_error *err);

@@ -27,17 +27,25 @@ static uint8_t *ram, *anon, *second;
 static char scratch[64];
 
 /* How the other processes are looked at: by the kernel's iterators (where it has them; of mappings only if
- * need be, or always), with its query for mappings, with the text of maps. A build without fault points can
- * have the first only. */
+ * need be, or always), with its query for mappings, with the text of maps; the whole of them each time, or
+ * (`again`) only what has run since the look before. A build without fault points can have the first only. */
 static const struct mode {
 	const char *name, *rules;
+	bool again;
 } modes[] = {
-	{"BPF", ""},
-	{"BPF, mappings too", "bpf-count error:EIO\n"},
-	{"/proc", "bpf-iter error:EIO\n"},
-	{"text of maps", "bpf-iter error:EIO\nprocmap-query error:EIO\n"},
+	{"BPF", "", true},
+	{"BPF, mappings too", "bpf-count error:EIO\n", true},
+	{"/proc", "bpf-iter error:EIO\n", false},
+	{"text of maps", "bpf-iter error:EIO\nprocmap-query error:EIO\n", false},
+	{"/proc, again", "bpf-iter error:EIO\n", true},
 };
 static const struct mode *mode = &modes[0];
+static struct ffs_foreign_known *known;
+
+static inline struct ffs_foreign_known **what_is_known(void)
+{
+	return mode->again ? &known : NULL;
+}
 
 static inline void set_faults(const struct mode *m, const char *more)
 {
@@ -83,6 +91,8 @@ static inline int teardown(void **s)
 	close(writable);
 	close(readable);
 	close(other);
+	ffs_foreign_known_free(known);
+	known = NULL;
 	return rmdir(scratch);
 }
 
@@ -156,7 +166,7 @@ static inline int look(struct ffs_proc_id vmm_id)
 	struct ffs_geometry geo = geometry(writable);
 
 	err = (struct ffs_error){0};
-	int e = ffs_foreign_scan(vmm_id, &geo, &f, &took, &err);
+	int e = ffs_foreign_scan(vmm_id, &geo, what_is_known(), &f, &took, &err);
 
 	assert_true(took > 0);
 	/* a machine may have a process that not even root may look at */

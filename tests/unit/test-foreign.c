@@ -161,7 +161,7 @@ static void test_ksm(void **s)
 	struct ffs_proc_id v = start_vmm(mergeable);
 
 	err = (struct ffs_error){0};
-	assert_int_equal(ffs_foreign_scan(v, &geo, &f, &took, &err), -EBUSY);
+	assert_int_equal(ffs_foreign_scan(v, &geo, NULL, &f, &took, &err), -EBUSY);
 	print_message("%s\n", err.text);
 	assert_non_null(found(FFS_FOREIGN_KSM, v.pid));
 	assert_non_null(strstr(err.text, "mem-merge=off"));
@@ -169,7 +169,7 @@ static void test_ksm(void **s)
 	nothing(v);
 	target_end(v);
 	v = start_vmm(NULL);
-	assert_int_equal(ffs_foreign_scan(v, &geo, &f, &took, &err), 0);
+	assert_int_equal(ffs_foreign_scan(v, &geo, NULL, &f, &took, &err), 0);
 	assert_int_equal(f.processes, 0); /* memory without a file has no other writers */
 	set_faults(mode, "");
 	target_end(v);
