@@ -151,7 +151,7 @@ def test_runs_by_itself(case):
     assert rig.wait_settled(branch) == "ready"
     fork(branch, "c1")
     vmm = [word for word in children.MICRO if word != "--paused=1"]
-    found, result = children.run(r.mount, "sbx1/b1/c1", *children.microvm(case), kind=children.MicroChild, vmm=vmm, check=False)
+    found, result = children.run(r.mount, "sbx1/b1/c1", *children.micro_options(case), kind=children.MicroChild, vmm=vmm, check=False)
     assert not found and result.code == 1 and "too late" in result.err, result.err
     (child,), _ = children.run_micro(r.mount, "sbx1/b1/c1")
     child.visit_all(16)

@@ -6,7 +6,12 @@
  * if not. A page of sweep g holds hash(page) * g in three words. So one of another instant is found in a sweep.
  *
  * On entry: r15 slice, r14 its pages, rbx the power of two not below them, minus 1, rbp key (odd), r9 seed, r11
- * idle loops a step, rdi '0' + vCPU, rsp stack; r8, r13 zero. Then: r8 steps, r12 place, r13 g, in xmm0 too. */
+ * idle loops a step, rdi '0' + vCPU (and HAS_MAILBOX), rsp stack; r8, r13 zero. Then: r8 steps, r12 place, r13 g,
+ * in xmm0 too, xmm1 the epoch that the mailbox had last.
+ *
+ * With a mailbox it looks at seq before every step, and says what it finds there: "mail EPOCH PAYLOAD", with
+ * "again" in place of the epoch when it is the last one's, or "mail damaged". Then the mailbox is free for the
+ * next. A fork's child has its payload there when it wakes up. */
 #include "machine.h"
 
 /* rax: place -> page of this sweep; may be behind the last one, as the bijection is of a power of two */
@@ -49,10 +54,25 @@
 	.section .rodata
 	.globl guest_begin, guest_end
 guest_begin:
+	test	$HAS_MAILBOX, %edi
+	jz	sweep
+	pxor	%xmm1, %xmm1
+	lea	magic(%rip), %rsi	/* its first byte is written last: from then on it is a frame */
+	mov	$(magic_end - magic), %ecx
+9:	mov	-1(%rsi,%rcx), %al
+	dec	%al
+	mov	%al, GPA_MAILBOX - 1(%rcx)
+	dec	%ecx
+	jnz	9b
 sweep:	inc	%r13
 	movq	%r13, %xmm0
 	xor	%r12d, %r12d
-step:	mov	%r12, %rax
+step:	test	$HAS_MAILBOX, %edi
+	jz	1f
+	cmpl	$0, GPA_MAILBOX + MAILBOX_SEQ
+	je	1f
+	call	mail
+1:	mov	%r12, %rax
 	page_of_place
 	cmp	%r14, %rax
 	jae	next
@@ -119,6 +139,76 @@ tail:	put	' '			/* " VCPU RSI\n" */
 	put	'\n'
 	ret
 
+/* The CRC of rcx bytes at rsi, continued in eax. */
+crc:	crc32b	(%rsi), %eax
+	inc	%rsi
+	dec	%ecx
+	jnz	crc
+	ret
+
+mail:	mov	$SERIAL_PORT, %edx
+	.irp	char, 'm, 'a, 'i, 'l
+	put	\char
+	.endr
+	put	' '
+	mov	GPA_MAILBOX + MAILBOX_LENGTH, %r10d
+	lea	-1(%r10), %ecx
+	cmp	$MAILBOX_MAX, %ecx
+	jae	damaged
+	mov	$-1, %eax
+	mov	$GPA_MAILBOX + MAILBOX_FLAGS, %esi
+	mov	$(MAILBOX_SEQ - MAILBOX_FLAGS), %ecx
+	call	crc
+	mov	$GPA_MAILBOX + MAILBOX_LENGTH, %esi
+	lea	(MAILBOX_PAYLOAD - MAILBOX_LENGTH)(%r10), %ecx
+	call	crc
+	not	%eax
+	cmp	%eax, GPA_MAILBOX + MAILBOX_CRC
+	jne	damaged
+	movdqu	GPA_MAILBOX + MAILBOX_EPOCH, %xmm2
+	movdqa	%xmm2, %xmm3
+	pcmpeqb	%xmm1, %xmm3
+	movdqa	%xmm2, %xmm1
+	pmovmskb %xmm3, %eax
+	cmp	$0xffff, %eax
+	je	again
+	mov	$GPA_MAILBOX + MAILBOX_EPOCH, %esi
+	mov	$16, %ecx
+1:	mov	(%rsi), %al
+	shr	$4, %al
+	call	digit
+	mov	(%rsi), %al
+	and	$15, %al
+	call	digit
+	inc	%rsi
+	dec	%ecx
+	jnz	1b
+2:	put	' '
+	mov	$GPA_MAILBOX + MAILBOX_PAYLOAD, %esi
+3:	mov	(%rsi), %al
+	out	%al, %dx
+	inc	%rsi
+	dec	%r10d
+	jnz	3b
+4:	put	'\n'
+	movl	$0, GPA_MAILBOX + MAILBOX_SEQ
+	ret
+again:	.irp	char, 'a, 'g, 'a, 'i, 'n
+	put	\char
+	.endr
+	jmp	2b
+damaged:
+	.irp	char, 'd, 'a, 'm, 'a, 'g, 'e, 'd
+	put	\char
+	.endr
+	jmp	4b
+digit:	add	$'0', %al
+	cmp	$'9', %al
+	jbe	5f
+	add	$('a' - '9' - 1), %al
+5:	out	%al, %dx
+	ret
+
 mismatch:
 	mov	$SERIAL_PORT, %edx
 	.irp	char, 'M, 'I, 'S, 'M, 'A, 'T, 'C, 'H
@@ -127,5 +217,9 @@ mismatch:
 	call	tail
 8:	pause				/* the VMM stops the vCPU that said so */
 	jmp	8b
+
+/* "HYPEMAN_FORK_MAILBOX_V1" and its NUL, each byte one more than it is: no copy of the program is a frame */
+magic:	.ascii	"IZQFNBO`GPSL`NBJMCPY`W2\001"
+magic_end:
 guest_end:
 	.section .note.GNU-stack,"",@progbits

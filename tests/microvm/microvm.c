@@ -5,9 +5,9 @@
  * hugetlb), work (MiB the guest writes; default: seven eighths of the memory), fill (1: the rest of them is
  * resident too), spin (idle loops after each step), paused (1: does not start by itself), restore (a
  * memory.bin, mapped privately) with vmstate (a file), api (path of another control socket: examples/coop)
- * with regions (as how many pieces it announces its memory). The serial port is stdout: lines "ok VCPU
- * STEPS", and "MISMATCH VCPU ADDRESS" when memory is not what the registers say. Without KVM: "SKIP: why",
- * exit code 77.
+ * with regions (as how many pieces it announces its memory), mailbox (NAME,TOKEN: the guest publishes it). The
+ * serial port is stdout: lines "ok VCPU STEPS", "MISMATCH VCPU ADDRESS" when memory is not what the registers
+ * say, and "mail EPOCH PAYLOAD" (guest.S). Without KVM: "SKIP: why", exit code 77.
  *
  * Control: SOCK_SEQPACKET, one command a message: pause, resume, status, save (the vmstate goes into the
  * descriptor that comes with it by SCM_RIGHTS), quit. The answer is one JSON object, the whole status;
@@ -53,7 +53,7 @@ static struct vmstate {
 		struct kvm_sregs sregs;
 		struct kvm_xsave xsave;
 		uint64_t halted, line_len;
-		char line[64]; /* of the serial port, not ended yet */
+		char line[4096]; /* of the serial port, not ended yet; holds the longest payload */
 	} cpu[MAX_VCPUS];
 } state = {.magic = "microvm"};
 
@@ -131,7 +131,7 @@ static bool serial(struct vcpu_state *s, char byte)
 	if (write(STDOUT_FILENO, s->line, s->line_len) < 0 && errno != EINTR)
 		warn("serial port");
 	s->line_len = 0;
-	return strncmp(s->line, "ok ", 3) != 0;
+	return strncmp(s->line, "MISMATCH", 8) == 0;
 }
 
 static void *vcpu_main(void *arg)
@@ -242,8 +242,21 @@ static void boot_vcpu(unsigned i, uint64_t slice, uint64_t pages, uint64_t spin)
 		r->rbx = r->rbx << 1 | 1;
 }
 
+/* What the guest makes a frame of, and vCPU 0's word that there is one. */
+static void give_mailbox(const char *text)
+{
+	char *at = (char *)memory + GPA_MAILBOX + MAILBOX_NAME;
+	size_t name = strcspn(text, ","), token = text[name] ? strlen(text + name + 1) : 0;
+
+	if (!name || name > 64 || !token || token > 128)
+		errx(2, "--mailbox=NAME,TOKEN");
+	memcpy(at, text, name);
+	memcpy(at + name + 1, text + name + 1, token);
+	state.cpu[0].regs.rdi |= HAS_MAILBOX;
+}
+
 /* Accessed and dirty bits are set from the start: KVM has no reason to write the page tables. */
-static void boot(uint64_t work, bool fill, uint64_t spin)
+static void boot(uint64_t work, bool fill, uint64_t spin, const char *mailbox)
 {
 	uint64_t *table = (uint64_t *)memory, end = state.memory / 8 * 7 & ~4095ull;
 	uint64_t size = work ? work : end - GPA_SLICES, slice = size / state.vcpus & ~4095ull;
@@ -260,6 +273,8 @@ static void boot(uint64_t work, bool fill, uint64_t spin)
 		*(uint64_t *)(memory + at) = at;
 	for (unsigned i = 0; i < state.vcpus; i++)
 		boot_vcpu(i, GPA_SLICES + i * slice, slice / 4096 - 1, spin);
+	if (mailbox)
+		give_mailbox(mailbox);
 }
 
 /* ---- the machine ---- */
@@ -488,7 +503,7 @@ int main(int argc, char **argv)
 	make_machine();
 	if (!restore)
 		boot(number(argv, "--work", "0") * MIB, number(argv, "--fill", "0"),
-			number(argv, "--spin", "0"));
+			number(argv, "--spin", "0"), option(argv, "--mailbox", NULL));
 	start_vcpus();
 	if (!number(argv, "--paused", "0"))
 		set_paused(false);

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 
-from . import processes, qmp
+from . import microvm, processes, qmp
 
 
 class Child:
@@ -99,6 +99,19 @@ class MicroChild(Child):
         """Fail if the guest has found wrong memory."""
         assert self.status()["mismatches"] == 0, (self.dir / "stdout").read_text()[-300:]
 
+    def mails(self):
+        """What the guest has said of its mailbox since it is this child: [(epoch, payload)]."""
+        return microvm.mails((self.dir / "stdout").read_bytes())
+
+    def mail(self, number=1, timeout=60):
+        """Wait for the first of them, or the one with that number."""
+        deadline = time.monotonic() + timeout
+        while len(found := self.mails()) < number:
+            assert self.alive(), f"child {self.pid} has ended: {self.stderr()}"
+            assert time.monotonic() < deadline, f"child {self.pid} says nothing more of its mailbox: {self.status()}"
+            time.sleep(0.001)
+        return found[number - 1]
+
     def visit_all(self, mib, times=2):
         """Wait until the guest has visited and judged all its pages so many times."""
         goal, deadline = self.status()["steps"] + times * mib * 256, time.monotonic() + 90
@@ -108,11 +121,11 @@ class MicroChild(Child):
         self.check_sane()
 
 
-# How the microVM is told what it starts from.
+# How the project's microVM is told what it starts from.
 MICRO = ["--restore={memory}", "--vmstate={vmstate}", "--api={api}", "--control={dir}/control", "--paused=1"]
 
 
-def microvm(case):
+def micro_options(case):
     """The options of `forkfs restore` for children of the microVM."""
     return ["--vmm", case.tool("../microvm/microvm")]
 
@@ -133,4 +146,4 @@ def run(mount, branch, *options, kind=QemuChild, vmm=(), check=True, timeout=120
 
 def run_micro(mount, branch, *options, **how):
     """The same for a branch of the microVM."""
-    return run(mount, branch, *microvm(mount.case), *options, kind=MicroChild, vmm=MICRO, **how)
+    return run(mount, branch, *micro_options(mount.case), *options, kind=MicroChild, vmm=MICRO, **how)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -11,8 +12,13 @@ from .api import Api
 from .case import Skip
 
 
+def mails(serial):
+    """The lines of a serial port (bytes) about the guest's mailbox, in their order: [(epoch as hex digits, "again" or "damaged", payload)]."""
+    return re.findall(r"^mail (\w+) ?(.*)\n", serial.decode(errors="replace"), re.M)
+
+
 class MicroVm:
-    """A microVM that runs; options are those of the program (kind, vcpus, work, regions, restore, vmstate …)."""
+    """A microVM that runs; options are those of the program (kind, vcpus, work, regions, restore, vmstate, mailbox …)."""
 
     def __init__(self, case, name, mib=64, **options):
         self.case, self.name, self.mib = case, name, mib
@@ -58,6 +64,10 @@ class MicroVm:
     def hva(self):
         """Where its memory is in its address space."""
         return self.status()["hva"]
+
+    def mails(self):
+        """What the guest has said of its mailbox."""
+        return mails((self.dir / "console").read_bytes())
 
     def booted(self):
         """Wait until the guest works; self."""
