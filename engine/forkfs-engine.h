@@ -188,6 +188,26 @@ ssize_t ffs_branch_read_memory(struct ffs_branch *b, void *buf, size_t len, uint
  * pages with a parent (ffs_branch_read_memory() has all of them). Holes of it are zero pages. */
 int ffs_branch_memory_fd(struct ffs_branch *b);
 
+/* Where else the memory of a branch can be read: in the store. Of `arg` the engine has one reference, which release
+ * takes, from any thread. read: bytes (less than len is an error) or -errno; any thread, several at once; it may wait
+ * for a disk. */
+struct ffs_branch_copy {
+	ssize_t (*read)(void *arg, void *buf, size_t len, uint64_t off);
+	void (*release)(void *arg);
+	void *arg;
+};
+struct ffs_layer;
+/* Whether branches to come may share its pages: it is named, of a tracked sandbox, and not superseded. */
+bool ffs_branch_is_parent(struct ffs_branch *b);
+/* A READY branch of a tracked sandbox is in the store: children share its pages with the copy from now on, and its image
+ * is given back with its last reader. It remains the parent of the next one, also without the branch, until what is returned is
+ * released (or a later branch takes its place). NULL when it is none: *copy was not taken then. */
+struct ffs_layer *ffs_branch_copied(struct ffs_branch *b, const struct ffs_branch_copy *copy);
+/* The copy is elsewhere now; false when it is no parent any more, and *copy was not taken. */
+bool ffs_layer_moved(struct ffs_layer *l, const struct ffs_branch_copy *copy);
+/* The copy was removed. NULL: nothing. */
+void ffs_layer_release(struct ffs_layer *l);
+
 /* vmstate is complete when ffs_branch_take() returned. */
 uint64_t ffs_branch_vmstate_size(const struct ffs_branch *b);
 ssize_t ffs_branch_read_vmstate(struct ffs_branch *b, void *buf, size_t len, uint64_t off);

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/cleanup.h"
 #include "base/log.h"
 #include "durable.h"
 #include "events.h"
@@ -100,12 +101,18 @@ static void swap(struct ffs_conversion *c)
 	next = ffs_shot_of_store(c->old, stored);
 	if (next) {
 		n->kind = c->kind;
+		next->kin = ffs_steal_ptr(&c->old->kin);
+		ffs_shot_ref(next);
 		ffs_shot_succeed(c->old, next);
 		ffs_event(fs, "converted", n->sbx->name, n->name, ffs_shot_id(next), NULL);
 	}
 	pthread_mutex_unlock(&fs->lock);
-	if (!next)
+	if (!next) {
 		ffs_stored_unref(stored);
+		return;
+	}
+	ffs_durable_move_kin(next);
+	ffs_shot_unref(next);
 }
 
 static void gate_leave(void *arg, int result)

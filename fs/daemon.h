@@ -49,6 +49,7 @@ struct ffs_shot {
 	struct ffs_fs *fs;
 	struct ffs_branch *branch; /* NULL: of the store, or failed before this daemon began */
 	struct ffs_stored *stored; /* NULL: in memory; fixed */
+	struct ffs_layer *kin;     /* the pages that branches to come share with it; NULL: none. Tree lock */
 	struct ffs_durable
 		*durable; /* on its way to the store, or never meant for it (NULL); fixed once published */
 	struct ffs_branch_watch watch;

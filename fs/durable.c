@@ -32,6 +32,7 @@ struct ffs_durable {
 	struct ffs_draft *draft; /* NULL: published, or given up */
 	/* written by the job, read when it is over: */
 	struct ffs_stored *stored;
+	struct ffs_layer *kin; /* of what was written */
 	struct ffs_error why; /* code 0: it is published */
 	bool over;
 };
@@ -84,6 +85,7 @@ static void free_durable(struct ffs_durable *d)
 	struct ffs_fs *fs = d->fs;
 
 	ffs_draft_end(d->draft);
+	ffs_layer_release(d->kin);
 	ffs_stored_unref(d->stored);
 	ffs_write_end(&d->write);
 	if (!d->over)
@@ -110,6 +112,7 @@ void ffs_durable_free(struct ffs_shot *s)
 {
 	if (s->durable)
 		free_durable(s->durable);
+	ffs_layer_release(s->kin);
 	ffs_stored_unref(s->stored);
 }
 
@@ -250,6 +253,54 @@ static int write_branch(struct ffs_durable *d, struct ffs_error *err)
 	return r;
 }
 
+static ssize_t read_copy(void *arg, void *buf, size_t len, uint64_t off)
+{
+	return ffs_checked_read(arg, buf, len, off);
+}
+
+static void release_copy(void *arg)
+{
+	ffs_checked_free(arg);
+}
+
+/* The copy of a branch for its children; false: there is none, and they will be made without it. */
+static bool make_copy(struct ffs_stored *stored, const char *id, struct ffs_branch_copy *copy)
+{
+	struct ffs_checked *c = NULL;
+	struct ffs_error why = {0};
+
+	int r = ffs_checked_new(stored, &c, &why);
+
+	if (r < 0) {
+		if (r != -ENOENT) /* removed meanwhile */
+			ffs_log(FFS_LOG_WARN, "branch %s will not be a parent: %s", id, why.text);
+		return false;
+	}
+	*copy = (struct ffs_branch_copy){.read = read_copy, .release = release_copy, .arg = c};
+	return true;
+}
+
+/* What the next branch shares with this one comes from the store from now on. */
+static void keep_kin(struct ffs_durable *d)
+{
+	struct ffs_branch *b = d->shot->branch;
+	struct ffs_branch_copy copy;
+
+	if (!d->stored || !ffs_branch_is_parent(b) || !make_copy(d->stored, ffs_branch_id(b), &copy))
+		return;
+	d->kin = ffs_branch_copied(b, &copy);
+	if (!d->kin)
+		copy.release(copy.arg);
+}
+
+void ffs_durable_move_kin(struct ffs_shot *s)
+{
+	struct ffs_branch_copy copy;
+
+	if (s->kin && make_copy(s->stored, ffs_shot_id(s), &copy) && !ffs_layer_moved(s->kin, &copy))
+		copy.release(copy.arg);
+}
+
 /* A branch that failed is still there, as failed, for the next daemon. */
 static void record_failure(struct ffs_durable *d)
 {
@@ -288,6 +339,8 @@ static void run_job(struct ffs_work *w)
 	}
 	if (d->why.code)
 		record_failure(d);
+	else
+		keep_kin(d);
 	ffs_write_end(&d->write);
 	d->shot = NULL;
 	d->over = true;
@@ -346,8 +399,10 @@ struct ffs_shot *ffs_durable_successor(struct ffs_shot *s)
 	}
 	next = ffs_shot_of_store(s, d->stored);
 	/* without memory for it the image goes on serving */
-	if (next)
+	if (next) {
 		d->stored = NULL;
+		next->kin = ffs_steal_ptr(&d->kin);
+	}
 	return next;
 }
 

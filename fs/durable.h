@@ -30,6 +30,9 @@ char *ffs_durable_manifest(struct ffs_shot *s, size_t *len);
 /* Tree lock held, when it settles: the shot that serves the branch from now on (a reference), or NULL: as
  * before. */
 struct ffs_shot *ffs_durable_successor(struct ffs_shot *s);
+/* The branch is stored in another form, which `s` serves: what others share with it is read from there. fs->names held,
+ * the tree lock not. */
+void ffs_durable_move_kin(struct ffs_shot *s);
 /* The last of a shot. Without the tree lock. */
 void ffs_durable_free(struct ffs_shot *s);
 

@@ -110,9 +110,8 @@ void ffs_branch_put(struct ffs_branch *b)
 		free((void *)b->zeros[i]);
 	}
 	/* children may need its pages for longer: then it counts for as long */
-	if (b->layer && b->budget && ffs_layer_charge(b->layer, b->budget, b->memory_taken))
+	if (b->layer && ffs_layer_leave(b->layer, b->budget, b->memory_taken))
 		b->memory_taken = 0;
-	ffs_layer_unref(b->layer);
 	ffs_image_close(&b->image);
 	if (b->budget)
 		ffs_budget_release(b->budget, b->memory_reserved, b->memory_taken);
@@ -143,7 +142,8 @@ void ffs_branch_unref(struct ffs_branch *b)
 		ffs_branch_fail(b, ECANCELED, "branch of %s cancelled: nobody holds it any more", b->sandbox);
 		ffs_copier_poke(b->tracker);
 	}
-	ffs_lineage_forget(b->tracker, b);
+	if (b->layer)
+		ffs_layer_forget(b->layer);
 	ffs_branch_put(b);
 }
 
@@ -160,6 +160,8 @@ void ffs_branch_fail(struct ffs_branch *b, int code, const char *fmt, ...)
 	vsnprintf(b->failure.text, sizeof(b->failure.text), fmt, ap);
 	va_end(ap);
 	atomic_store(&b->failing, FFS_FAIL_SET);
+	if (b->layer)
+		ffs_layer_settle(b->layer, FFS_BRANCH_FAILED);
 }
 
 void ffs_branch_count_fault(struct ffs_branch *b, uint64_t ns)
@@ -192,6 +194,8 @@ void ffs_branch_settle(struct ffs_branch *b, enum ffs_branch_state state)
 {
 	settle_memory(b, state);
 	give_permit(b);
+	if (b->layer)
+		ffs_layer_settle(b->layer, state);
 	pthread_mutex_lock(&b->lock);
 	b->phases.capture_ns = ffs_now_ns() - b->armed_ns;
 	atomic_store(&b->state, state);
@@ -394,6 +398,18 @@ static int capture_range(struct ffs_branch *b, uint64_t off, uint64_t len)
 	}
 	pthread_rwlock_unlock(&t->reading);
 	return e;
+}
+
+bool ffs_branch_is_parent(struct ffs_branch *b)
+{
+	return b->layer && ffs_layer_state(b->layer) != FFS_BRANCH_FAILED;
+}
+
+struct ffs_layer *ffs_branch_copied(struct ffs_branch *b, const struct ffs_branch_copy *copy)
+{
+	if (!b->layer || ffs_branch_state(b) != FFS_BRANCH_READY || !ffs_layer_moved(b->layer, copy))
+		return NULL;
+	return ffs_layer_ref(b->layer);
 }
 
 ssize_t ffs_branch_read_memory(struct ffs_branch *b, void *buf, size_t len, uint64_t off)

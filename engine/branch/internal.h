@@ -21,6 +21,7 @@
 #include "base/util.h"
 #include "branch/budget.h"
 #include "branch/image.h"
+#include "branch/layer.h"
 #include "branch/lineage.h"
 #include "branch/pages.h"
 #include "disk/disks.h"
@@ -86,9 +87,8 @@ struct ffs_tracker {
 	bool touched;       /* some may be: after a registration or a release that was not completed */
 	bool releasing;     /* a copier is unregistering */
 	unsigned in_flight; /* armed branches */
-	/* whose pages the next one shares, and who comes after it; NULL: none (lineage.h). Held by others:
-	 * ffs_lineage_forget() takes them out */
-	struct ffs_branch *parent, *heir;
+	/* whose pages the next one shares, and who comes after it: references; NULL: none (lineage.h) */
+	struct ffs_layer *parent, *heir;
 	struct ffs_error end_reason;
 
 	pthread_t handler, copiers[FFS_COPIERS];
@@ -123,7 +123,7 @@ struct ffs_branch {
 	struct json_object *torn;     /* sentences of what was overruled by force; NULL: nothing; read-only */
 	struct ffs_disk_images disks; /* fixed once the branch was taken */
 	enum ffs_branch_mode mode;
-	struct ffs_layer *layer; /* NULL without tracking */
+	struct ffs_layer *layer; /* a use and a reference; NULL without tracking; fixed */
 	uint64_t shared_bytes;   /* of memory that are the parent's */
 	bool has_parent;         /* for the thread that takes it, both */
 	bool heir;               /* before the instant: there is one; from it on: it is the one */

@@ -438,6 +438,7 @@ void ffs_tracker_end(struct ffs_tracker *t, const struct ffs_error *reason)
 	}
 	ffs_close_fd(&t->event);
 	ffs_close_fd(&t->pidfd);
+	ffs_lineage_end(t);
 	/* Branches keep the tracker for its pages, for as long as they are read. Not the VMM's memory with it: its
 	 * file may be one of our own mount, which nobody could unmount then. */
 	pthread_rwlock_wrlock(&t->reading);

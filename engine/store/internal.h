@@ -240,6 +240,8 @@ struct ffs_stored *ffs_store_find_share(struct ffs_store *st, const char *sandbo
  * ----------------------------------------------------------------------------------------------------------- */
 
 /* The manifest with all its hashes: -ENODATA when there are none, -EBADMSG when it is not whole. */
+/* The same branch with descriptors of its own. */
+int ffs_stored_again(struct ffs_stored *s, struct ffs_stored **out, struct ffs_error *err);
 int ffs_stored_load_hashes(struct ffs_stored *s, struct ffs_manifest *m, struct ffs_error *err);
 /* memory.bin, memory.idx or a pack: memory in one of its forms. */
 bool ffs_stored_is_memory_file(const struct ffs_file_entry *f);

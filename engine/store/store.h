@@ -174,6 +174,13 @@ ssize_t ffs_stored_read_manifest(struct ffs_stored *s, void *buf, size_t len, ui
 /* Bytes read (short at the end only) or -errno. A packed chunk that is damaged gives -EIO, never wrong bytes. */
 ssize_t ffs_stored_read_memory(struct ffs_stored *s, void *buf, size_t len, uint64_t off, struct ffs_error *err);
 ssize_t ffs_stored_read_vmstate(struct ffs_stored *s, void *buf, size_t len, uint64_t off);
+/* Memory for who makes other branches of it: a block of a dense one is compared with the manifest's hash before anything
+ * of it is given out, so that damage is not handed on (-EIO). It has descriptors of its own, all open, and can be read to
+ * its end although its directory goes. Any number of readers. */
+struct ffs_checked;
+int ffs_checked_new(struct ffs_stored *s, struct ffs_checked **out, struct ffs_error *err);
+void ffs_checked_free(struct ffs_checked *c);
+ssize_t ffs_checked_read(struct ffs_checked *c, void *buf, size_t len, uint64_t off);
 /* Read-only descriptors owned by `s`, for passthrough. Of memory of a dense branch only; -ENOTSUP else. */
 int ffs_stored_memory_fd(struct ffs_stored *s);
 int ffs_stored_vmstate_fd(struct ffs_stored *s);

@@ -181,6 +181,11 @@ int ffs_stored_open_dir(const char *path, struct ffs_stored **out, struct ffs_er
 	return open_at(AT_FDCWD, path, path, out, err);
 }
 
+int ffs_stored_again(struct ffs_stored *s, struct ffs_stored **out, struct ffs_error *err)
+{
+	return open_at(s->dir, ".", s->path, out, err);
+}
+
 struct ffs_stored *ffs_stored_ref(struct ffs_stored *s)
 {
 	atomic_fetch_add_explicit(&s->refs, 1, memory_order_relaxed);

@@ -193,6 +193,198 @@ static void test_generations(void **s)
 	fake_vmm_stop(&f);
 }
 
+/* ---- parents that are in the store */
+
+struct copy {
+	const uint8_t *truth;
+	_Atomic unsigned reads, released;
+	_Atomic int error;
+};
+
+static ssize_t read_copy(void *arg, void *buf, size_t len, uint64_t off)
+{
+	struct copy *c = arg;
+
+	if (atomic_load(&c->error))
+		return atomic_load(&c->error);
+	atomic_fetch_add(&c->reads, 1);
+	memcpy(buf, c->truth + off, len);
+	return (ssize_t)len;
+}
+
+static void release_copy(void *arg)
+{
+	struct copy *c = arg;
+
+	atomic_fetch_add(&c->released, 1);
+}
+
+/* The last reference of a branch may be a copier's. */
+static void await_released(struct copy *c)
+{
+	while (!atomic_load(&c->released))
+		sched_yield();
+	assert_int_equal(atomic_load(&c->released), 1);
+}
+
+static struct ffs_layer *hand_over(struct ffs_branch *b, struct copy *c)
+{
+	struct ffs_branch_copy copy = {.read = read_copy, .release = release_copy, .arg = c};
+
+	return ffs_branch_copied(b, &copy);
+}
+
+static uint64_t taken(struct ffs_budget *b)
+{
+	uint64_t limit, taken, reserved;
+
+	ffs_budget_usage(b, &limit, &taken, &reserved);
+	return taken;
+}
+
+struct reader {
+	pthread_t thread;
+	struct ffs_branch *b;
+	const uint8_t *truth;
+	size_t size;
+	_Atomic unsigned rounds, wrong;
+	_Atomic bool stop;
+};
+
+static void *read_on(void *arg)
+{
+	struct reader *r = arg;
+
+	while (!atomic_load(&r->stop)) {
+		atomic_fetch_add(&r->wrong, (unsigned)wrong_pages(r->b, r->truth, r->size));
+		atomic_fetch_add(&r->rounds, 1);
+	}
+	return NULL;
+}
+
+static void await_rounds(struct reader *r, unsigned more)
+{
+	unsigned goal = atomic_load(&r->rounds) + more;
+
+	while (atomic_load(&r->rounds) < goal)
+		sched_yield();
+}
+
+/* A branch that is in the store stays the parent of the next without any memory; children that had its image, and are
+ * read meanwhile, go on with the copy; who is no parent any more gives the copy back. */
+static void test_parent_in_the_store(void **s)
+{
+	struct fake_vmm f;
+	struct copy first = {0}, moved = {0};
+
+	assert_true(fake_vmm_start(&f, FAKE_MEMFD, 16 * MIB, 2));
+	struct ffs_sandbox *sb = attach(&f, true);
+	struct ffs_budget *budget = sb->engine->budget;
+	uint64_t before = taken(budget);
+	struct ffs_branch *parent = take_mode(sb, FFS_BRANCH_FULL);
+
+	first.truth = moved.truth = keep_truth(&f);
+	assert_true(ffs_branch_is_parent(parent));
+	struct reader r = {.b = take_mode(sb, FFS_BRANCH_LIVE), .truth = keep_truth(&f), .size = f.size};
+
+	is_right(r.b, &f, r.truth);
+	assert_true(r.b->shared_bytes > 0);
+	assert_int_equal(pthread_create(&r.thread, NULL, read_on, &r), 0);
+	await_rounds(&r, 2);
+	uint64_t with_parent = taken(budget);
+	struct ffs_layer *kin = hand_over(parent, &first);
+
+	assert_non_null(kin);
+	assert_int_equal(wrong_pages(parent, first.truth, f.size), 0); /* its own reader has its image still */
+	ffs_branch_unref(parent);
+	while (taken(budget) >= with_parent)
+		sched_yield();
+	await_rounds(&r, 2);
+	assert_true(atomic_load(&first.reads) > 0);
+	assert_true(ffs_layer_moved(kin, &(struct ffs_branch_copy){read_copy, release_copy, &moved}));
+	assert_int_equal(atomic_load(&first.released), 1);
+	await_rounds(&r, 2);
+	assert_true(atomic_load(&moved.reads) > 0);
+
+	/* the child is the next parent, and in the store too: nothing is in memory then */
+	struct copy second = {.truth = r.truth};
+
+	atomic_store(&r.stop, true);
+	pthread_join(r.thread, NULL);
+	assert_int_equal(atomic_load(&r.wrong), 0);
+	struct ffs_layer *younger = hand_over(r.b, &second);
+
+	assert_non_null(younger);
+	assert_int_equal(wrong_pages(r.b, r.truth, f.size), 0);
+	ffs_branch_unref(r.b);
+	while (taken(budget) != before)
+		sched_yield(); /* as above */
+	assert_int_equal(atomic_load(&moved.released), 0); /* it is the parent until another branch is taken */
+	struct ffs_branch *b = take_mode(sb, FFS_BRANCH_DIFF);
+
+	assert_int_equal(atomic_load(&moved.released), 1);
+	assert_false(ffs_layer_moved(kin, &(struct ffs_branch_copy){read_copy, release_copy, &first}));
+	assert_true(b->shared_bytes > 0);
+	is_right(b, &f, f.truth);
+	/* removed: a child that has it goes on, and is nobody's child when it is gone */
+	ffs_layer_release(younger);
+	ffs_layer_release(kin);
+	assert_int_equal(atomic_load(&second.released), 0);
+	is_right(b, &f, f.truth);
+	ffs_branch_unref(b);
+	await_released(&second);
+	b = take_mode(sb, FFS_BRANCH_LIVE);
+	assert_int_equal(b->shared_bytes, 0);
+	is_right(b, &f, f.truth);
+	ffs_branch_unref(b);
+	ffs_sandbox_unref(sb);
+	fake_vmm_stop(&f);
+	munmap((void *)first.truth, f.size);
+	munmap((void *)r.truth, f.size);
+}
+
+/* A copy that is damaged is the parent of one branch at most, which fails; never a wrong byte. */
+static void test_parent_damaged_in_the_store(void **s)
+{
+	struct fake_vmm f;
+	struct copy c = {.error = -EIO};
+	char page[4096];
+	struct ffs_error err = {0};
+	struct ffs_branch *b;
+
+	assert_true(fake_vmm_start(&f, FAKE_MEMFD, 8 * MIB, 1));
+	struct ffs_sandbox *sb = attach(&f, true);
+
+	assert_true(fake_vmm_tell(&f, 'p'));
+	struct ffs_branch *parent = take_mode(sb, FFS_BRANCH_LIVE);
+
+	wait_ready(parent);
+	struct ffs_layer *kin = hand_over(parent, &c);
+
+	ffs_branch_unref(parent);
+	b = take_mode(sb, FFS_BRANCH_LIVE);
+	wait_ready(b);
+	assert_true(b->shared_bytes > f.size / 2);
+	bool failed = false;
+
+	for (uint64_t off = 0; off < f.size; off += sizeof(page))
+		failed |= ffs_branch_read_memory(b, page, sizeof(page), off) == -EIO;
+	assert_true(failed);
+	ffs_branch_unref(b);
+	await_released(&c);
+	assert_int_equal(try_mode(sb, FFS_BRANCH_DIFF, "b", &b, &err), -ENOENT);
+	b = take_mode(sb, FFS_BRANCH_LIVE);
+	assert_int_equal(b->shared_bytes, 0);
+	wait_ready(b);
+	assert_true(fake_vmm_read_truth(&f, NULL, NULL));
+	is_right(b, &f, f.truth);
+	ffs_branch_unref(b);
+	ffs_layer_release(kin);
+	assert_true(fake_vmm_tell(&f, 'c'));
+	ffs_sandbox_unref(sb);
+	fake_vmm_stop(&f);
+}
+
 /* Any order of taking, giving up, removing; several in flight. */
 static void any_order(enum fake_memory kind, uint64_t seed, unsigned steps)
 {
@@ -271,6 +463,8 @@ int main(void)
 		cmocka_unit_test_teardown(test_diff_refused, after),
 		cmocka_unit_test_teardown(test_shares, after),
 		cmocka_unit_test_teardown(test_generations, after),
+		cmocka_unit_test_teardown(test_parent_in_the_store, after),
+		cmocka_unit_test_teardown(test_parent_damaged_in_the_store, after),
 		cmocka_unit_test_teardown(test_any_order, after),
 		cmocka_unit_test_teardown(test_any_order_anonymous, after),
 	};
