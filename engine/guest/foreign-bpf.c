@@ -317,7 +317,7 @@ int ffs_bpf_iter_open(const struct ffs_geometry *geo, bool mappings)
 	unsigned inodes = 0;
 
 	pthread_once(&kernel_once, learn_kernel);
-	if (kernel.error < 0 || FFS_FAULT("bpf-iter") < 0)
+	if (kernel.error < 0 || FFS_FAULT("bpf-iter") < 0 || FFS_ALTERNATIVE("look-in-proc"))
 		return -ENOTSUP;
 	for (unsigned i = 0; i < geo->n_regions; i++)
 		inodes += geo->regions[i].ino != 0;
