@@ -1,7 +1,6 @@
 """RAM in two places of the guest's address space, most of it never touched."""
 
 import json
-import pathlib
 
 from forkfs_test import rig, truth
 from forkfs_test.guest import MIB
@@ -16,13 +15,7 @@ def test_above_the_hole(case):
     """The branch has both ranges at their places, and what was never touched stays so, in the VM as in the branch."""
     r = rig.Rig(case, machine="q35", mib=SIZE_MIB, run=["counter", "load,mib=32,rate=2000"])
     before = r.guest.memfd_blocks()
-    hold, held = r.hold, pathlib.Path(f"{r.hold}.held")
-    r.mount.faults(f"{rig.INSTANT} hold:{hold}")
-    copier = case.start("bash", "-c", (
-        f"until [ -e {held} ]; do sleep 0.002; done; cp --sparse=always {r.guest.memfd()} {r.truth}; touch {hold}"))
-    branch = r.branch("b1")
-    assert copier.wait(timeout=30) == 0
-    r.mount.faults()
+    branch = r.branch_with_truth("b1", kind="memfd")
     assert truth.difference(case, r.truth, branch / "memory.bin") == ""
     assert rig.wait_settled(branch) == "ready", (branch / "status").read_text()
     assert truth.difference(case, r.truth, branch / "memory.bin") == ""

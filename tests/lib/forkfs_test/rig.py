@@ -116,12 +116,13 @@ class Rig:
     def branch_with_truth(self, name, *rules, kind="mem", **how):
         """Take a branch and, while the guest is held stopped at its instant, read the truth by foreign hands.
 
-        kind   mem: a program of ours on /proc/PID/mem; pmem: QEMU's own pmemsave. `rules`: more rules for fault points.
+        kind   mem: a program of ours on /proc/PID/mem; pmem: QEMU's own pmemsave; memfd: cp of the memfd, which touches nothing of the VM.
+        `rules`: more rules for fault points.
         `how`: keys of a request for the branch, as mode="full"; without any it is taken by mkdir.
         Gives the branch's directory; the truth is in the file self.truth. The watchdog ends a pause of half a second and mkdir gives up
         after a second, which a busy machine can need for the reading: such a branch has failed as it should, and is taken again.
         """
-        if not self.truth.exists():  # memory that was never touched takes longest to read for the first time
+        if kind != "memfd" and not self.truth.exists():  # memory that was never touched takes longest to read for the first time
             self.case.run(*truth.foreign_command(self.case, self.guest, self.truth))
         for attempt in range(HOLDS):
             path, error = self._held_branch(name, rules, kind, how)
@@ -144,13 +145,16 @@ class Rig:
         reader = None
         if kind == "mem":
             reader = self.case.start(*truth.foreign_command(self.case, self.guest, self.truth, self.hold))
+        elif kind == "memfd":
+            copy = f"until [ -e {marks[1]} ]; do sleep 0.002; done; cp --sparse=always {self.guest.memfd()} {self.truth}; touch {self.hold}"
+            reader = self.case.start("bash", "-euc", copy)
         making = Making(path, **how)
         while not marks[1].exists() and making.is_alive():
             time.sleep(0.0005)
         if not marks[1].exists():
             assert making.error, f"mkdir {path} has passed without the point {self.instant}"
         elif reader:
-            assert reader.wait(timeout=30) == 0, "foreign-read failed"
+            assert reader.wait(timeout=30) == 0, "the truth could not be read"
         else:
             truth.pmemsave(self.guest, self.truth)
             self.hold.touch()
