@@ -70,14 +70,21 @@ void copy_step(struct explorer *x, struct state *s, enum model_thread t, uint8_t
 						b->image[p] = s->buf[t][p];
 				b->have |= mine;
 			} else {
+				s->cleared[t][i] = (uint8_t)__builtin_popcount(b->need & mine);
 				b->need &= (uint8_t)~mine;
 			}
 		}
 		say(x, (s->pc[t] - at == 2) != early ? "writes the image" : "clears the need bits");
 		break;
+	case 4: /* set_captured(), and lets go of the slots */
+		for (unsigned i = 0; i < x->c->branches; i++)
+			s->b[i].left = (uint8_t)(s->b[i].left - s->cleared[t][i]);
+		memset(s->cleared[t], 0, sizeof(s->cleared[t]));
+		say(x, "counts what it captured");
+		break;
 	}
 	s->pc[t]++;
-	if (s->pc[t] - at < 4)
+	if (s->pc[t] - at < COPY_PCS)
 		return;
 	s->took[t] = s->want[t] = s->void_copy[t] = 0;
 	memset(s->buf[t], 0, sizeof(s->buf[t]));

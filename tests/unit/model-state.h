@@ -16,6 +16,7 @@ struct branch {
 	uint8_t state, taken; /* taken: its taker has returned, others know it */
 	uint8_t slot, failed, done;
 	uint8_t need, have; /* bits per page */
+	uint8_t left;       /* pages not counted as captured yet: `remaining` */
 	uint8_t image[MODEL_PAGES], truth[MODEL_PAGES];
 };
 
@@ -32,8 +33,9 @@ struct state {
 	uint8_t device, device_waits; /* the VMM has written in this pause; waits to */
 	uint8_t h_page, h_needed;     /* the handler's */
 	uint8_t buf[MODEL_THREADS][MODEL_PAGES], took[MODEL_THREADS]; /* a copy; the pages in it */
-	uint8_t want[MODEL_THREADS];                                  /* bits: the branches that wanted it */
-	uint8_t void_copy[MODEL_THREADS];                             /* the copy saw `revoked` */
+	uint8_t want[MODEL_THREADS]; /* bits: the branches that wanted it: their slots have it as a user */
+	uint8_t cleared[MODEL_THREADS][MODEL_BRANCHES]; /* pages whose need bits it cleared, not counted yet */
+	uint8_t void_copy[MODEL_THREADS];               /* the copy saw `revoked` */
 	uint8_t c_branch, r_branch, r_page, reads;
 	struct branch b[MODEL_BRANCHES];
 };
@@ -70,8 +72,9 @@ void unprotect(struct state *s, uint8_t pages);
 void unregister(struct state *s);
 bool take_lock(struct explorer *x, struct state *s, enum model_thread t);
 void unlock(struct explorer *x, struct state *s);
-/* One step of a copy with the lock held, of four; `at`: the first's pc. `again`: needs are looked at under
+/* One step of a copy with the lock held, of COPY_PCS; `at`: the first's pc. `again`: needs are looked at under
  * the lock. */
+#define COPY_PCS 5
 void copy_step(struct explorer *x, struct state *s, enum model_thread t, uint8_t at, bool again);
 /* One step of a sweep, whose pcs are SWEEP_PCS from `at`; beyond them it is over. */
 #define SWEEP_PCS 5

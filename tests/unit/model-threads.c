@@ -21,7 +21,7 @@ static bool guest_step(struct explorer *x, struct state *s, unsigned page)
 /* tracker.c: serve_fault() */
 static bool handler_step(struct explorer *x, struct state *s, unsigned page)
 {
-	enum { IDLE, LOCK, MARK, LOOK, COPY, OPEN = COPY + 4, BITS, UNLOCK };
+	enum { IDLE, LOCK, MARK, LOOK, COPY, OPEN = COPY + COPY_PCS, BITS, UNLOCK };
 	enum model_mutant m = x->c->mutant;
 	uint8_t *pc = &s->pc[HANDLER];
 
@@ -83,9 +83,10 @@ static bool copier_step(struct explorer *x, struct state *s)
 {
 	enum {
 		IDLE,
+		LOOK,
 		LOCK,
 		COPY,
-		UNLOCK = COPY + 4,
+		UNLOCK = COPY + COPY_PCS,
 		MAY_OPEN,
 		OPEN_LOCK,
 		OPEN_MARK,
@@ -94,6 +95,7 @@ static bool copier_step(struct explorer *x, struct state *s)
 		OPEN_BITS,
 		OPEN_UNLOCK,
 		FINISH,
+		WAIT_USERS,
 		SETTLE,
 		RELEASE,
 		RELEASE_LOCK,
@@ -108,16 +110,20 @@ static bool copier_step(struct explorer *x, struct state *s)
 
 	switch (*pc) {
 	case IDLE:
-		if (s->hold)
+		if (s->hold && x->c->mutant != MUTANT_COPIER_NOT_HELD)
 			return false;
 		for (unsigned i = 0; i < x->c->branches; i++)
-			if (s->b[i].slot && s->b[i].taken) {
+			if (s->b[i].slot) {
 				s->c_branch = (uint8_t)i;
-				*pc = s->b[i].failed ? FINISH : LOCK;
+				*pc = s->b[i].failed ? FINISH : LOOK;
 				say(x, "takes up a branch");
 				return true;
 			}
 		return false;
+	case LOOK: /* ffs_tracker_needed(), which takes no lock */
+		say(x, b->need ? "finds pages missing" : "finds no page missing");
+		*pc = b->need ? LOCK : MAY_OPEN;
+		return true;
 	case LOCK:
 		if (!take_lock(x, s, COPIER))
 			return false;
@@ -167,6 +173,13 @@ static bool copier_step(struct explorer *x, struct state *s)
 		say(x, "empties the slot");
 		if (x->c->mutant == MUTANT_CANCEL_DROPS && b->failed)
 			unprotect(s, b->need);
+		*pc = x->c->mutant == MUTANT_CLEAR_NO_WAIT ? SETTLE : WAIT_USERS;
+		return true;
+	case WAIT_USERS: /* ffs_slot_clear() */
+		for (unsigned t = 0; t < MODEL_THREADS; t++)
+			if (s->want[t] >> s->c_branch & 1)
+				return false;
+		say(x, "waits for the slot's users");
 		*pc = SETTLE;
 		return true;
 	case SETTLE:
@@ -174,6 +187,8 @@ static bool copier_step(struct explorer *x, struct state *s)
 			b->failed = 1;
 		if (!b->failed && b->need)
 			x->wrong = "a branch is settled with pages missing";
+		if (!b->failed && b->left)
+			x->wrong = "a branch is settled with pages that nobody has counted";
 		for (unsigned p = 0; p < x->c->pages; p++)
 			if (!b->failed && b->image[p] != b->truth[p])
 				x->wrong = "a branch is ready and wrong";
@@ -226,7 +241,7 @@ static bool copier_step(struct explorer *x, struct state *s)
 /* branch.c: ffs_branch_read_memory(). `which`: branch and page. */
 static bool reader_step(struct explorer *x, struct state *s, unsigned which)
 {
-	enum { IDLE, LOCK, COPY, UNLOCK = COPY + 4, READ };
+	enum { IDLE, LOCK, COPY, UNLOCK = COPY + COPY_PCS, READ };
 	uint8_t *pc = &s->pc[READER];
 	unsigned branch = which / MODEL_PAGES, page = which % MODEL_PAGES;
 	struct branch *b;
@@ -301,6 +316,7 @@ static void inherit(struct explorer *x, struct state *s, struct branch *b, bool 
 			b->image[p] = s->b[s->base].image[p];
 			b->have |= (uint8_t)(1u << p);
 		}
+	s->cleared[TAKER][b - s->b] = (uint8_t)__builtin_popcount(shared);
 	b->need &= (uint8_t)~shared;
 }
 
@@ -320,6 +336,7 @@ static bool taker_step(struct explorer *x, struct state *s)
 		INHERIT_LOCK,
 		INHERIT,
 		INHERIT_UNLOCK,
+		INHERIT_COUNT,
 		TAKEN
 	};
 	uint8_t *pc = &s->pc[TAKER];
@@ -372,6 +389,7 @@ static bool taker_step(struct explorer *x, struct state *s)
 		b->slot = 1;
 		b->state = WRITING;
 		b->need = all_pages(x);
+		b->left = (uint8_t)x->c->pages;
 		memcpy(b->truth, s->mem, sizeof(b->truth));
 		s->in_flight++;
 		say(x, "fills the slot");
@@ -394,6 +412,12 @@ static bool taker_step(struct explorer *x, struct state *s)
 		return true;
 	case INHERIT_UNLOCK:
 		unlock(x, s);
+		*pc = INHERIT_COUNT;
+		return true;
+	case INHERIT_COUNT: /* at the end, for all clusters */
+		b->left = (uint8_t)(b->left - s->cleared[TAKER][n]);
+		s->cleared[TAKER][n] = 0;
+		say(x, "counts what it inherited");
 		*pc = TAKEN;
 		return true;
 	case TAKEN:

@@ -4,7 +4,8 @@
 
 const char *const model_mutant_name[MUTANTS] = {"none", "unprotect-before-copy", "late-page",
 	"reader-no-recheck", "captured-early", "sweep-race", "dirty-after-look", "one-sweep",
-	"since-reset-early", "cancel-drops", "no-revoked-check", "release-keeps-bits", "open-look-first"};
+	"since-reset-early", "cancel-drops", "no-revoked-check", "release-keeps-bits", "open-look-first",
+	"clear-no-wait", "copier-not-held"};
 
 /* ---- what holds in every state ---- */
 
@@ -25,6 +26,8 @@ static void check(struct explorer *x, const struct state *s)
 
 		if (!b->slot || b->failed || s->revoked)
 			continue;
+		if (b->left < __builtin_popcount(b->need))
+			x->wrong = "fewer pages are counted as missing than are needed";
 		for (unsigned p = 0; p < x->c->pages; p++) {
 			/* dirty implies need bit 0 in every branch */
 			if (page_state(s, b, p) == DIRTY && !s->lock && !s->paused && (b->need >> p & 1))

@@ -32,6 +32,8 @@ enum model_mutant {
 	MUTANT_RELEASE_KEEPS_BITS, /* memory is unregistered and its pages are not marked writable */
 	MUTANT_OPEN_LOOK_FIRST, /* the copier looks for branches first and marks the slice it opens dirty then
 				 */
+	MUTANT_CLEAR_NO_WAIT,   /* a slot is emptied without waiting for those who work on its branch */
+	MUTANT_COPIER_NOT_HELD, /* a copier begins with a branch that still inherits pages */
 	MUTANTS
 };
 extern const char *const model_mutant_name[MUTANTS];
