@@ -201,16 +201,18 @@ unsigned ffs_tracker_needed(const struct ffs_tracker *t, const struct ffs_branch
 {
 	const struct ffs_pages_region *r = &t->pages->r[region];
 	uint64_t c = *cluster;
-	unsigned n = 0;
+	unsigned n = 1;
 
 	while (c < end && !atomic_load_explicit(&b->need[region][c], memory_order_acquire))
 		c++;
 	*cluster = c;
-	/* not beyond a multiple of the unit: the image's large pages are aligned */
-	while (c + n < end && atomic_load_explicit(&b->need[region][c + n], memory_order_acquire)) {
+	if (c >= end)
+		return 0;
+	(void)FFS_FAULT("needed");
+	/* The first one counts whether or not somebody has captured it since: 0 would say that nothing is left.
+	 * Not beyond a multiple of the unit: the image's large pages are aligned. */
+	while (c + n < end && (c + n) % r->clusters_per_copy &&
+		atomic_load_explicit(&b->need[region][c + n], memory_order_acquire))
 		n++;
-		if ((c + n) % r->clusters_per_copy == 0)
-			break;
-	}
 	return n;
 }

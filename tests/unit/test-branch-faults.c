@@ -288,6 +288,65 @@ static void test_late_release(void **s)
 	late_release("uffd-unprotect"); /* just before the ioctl */
 }
 
+struct range {
+	struct ffs_branch *b;
+	const uint8_t *truth;
+	size_t len;
+	uint64_t off;
+	bool right;
+};
+
+static void *read_range(void *arg)
+{
+	struct range *r = arg;
+	uint8_t *buf = malloc(r->len);
+
+	r->right = buf && ffs_branch_read_memory(r->b, buf, r->len, r->off) == (ssize_t)r->len &&
+		   memcmp(buf, r->truth + r->off, r->len) == 0;
+	free(buf);
+	return NULL;
+}
+
+/* A reader finds a cluster missing, and somebody else captures it before the reader looks what else is: the
+ * rest of what it reads is still missing. */
+static void test_captured_meanwhile(void **s)
+{
+	struct fake_vmm f;
+	pthread_t thread;
+
+	assert_true(fake_vmm_start(&f, FAKE_MEMFD, 8 * MIB, 2));
+	struct ffs_sandbox *sb = attach(&f, false);
+
+	/* until no page is zero, which reads right without having been captured */
+	assert_true(fake_vmm_runs(&f, 2000));
+	while (fake_vmm_progress(&f) < 400000)
+		poll(NULL, 0, 1);
+	assert_true(fake_vmm_tell(&f, 'p')); /* no faults: nobody captures but these */
+	rules("guest-read@1 hold:start\n");
+	struct ffs_branch *b = take(sb);
+	struct range all = {.b = b, .truth = f.truth, .len = MIB, .off = MIB};
+	struct range first = {.b = b, .truth = f.truth, .len = 65536, .off = MIB};
+
+	assert_true(fake_vmm_read_truth(&f, NULL, NULL));
+	assert_true(wait_held("start", 5000)); /* the copier, at the first clusters */
+	rules("needed@1 hold:reader\n");
+	assert_int_equal(pthread_create(&thread, NULL, read_range, &all), 0);
+	assert_true(wait_held("reader", 5000));
+	read_range(&first);
+	let_go("reader");
+	pthread_join(thread, NULL);
+	rules_none();
+	let_go("start");
+	assert_true(first.right);
+	assert_true(all.right);
+	wait_ready(b);
+	assert_int_equal(wrong_pages(b, f.truth, f.size), 0);
+	assert_true(fake_vmm_tell(&f, 'c'));
+	ffs_branch_unref(b);
+	ffs_sandbox_unref(sb);
+	fake_vmm_stop(&f);
+}
+
 /* A copier that passes over a slice, for whatever reason: the need bits say so, and the branch is whole. */
 static void passed_over(bool track)
 {
@@ -439,6 +498,7 @@ int main(void)
 		return 77;
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test_teardown(test_late_release, faults_after),
+		cmocka_unit_test_teardown(test_captured_meanwhile, faults_after),
 		cmocka_unit_test_teardown(test_passed_over, faults_after),
 		cmocka_unit_test_teardown(test_hole_before_event, faults_after),
 		cmocka_unit_test_teardown(test_discard_one_page, faults_after),
