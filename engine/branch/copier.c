@@ -228,8 +228,6 @@ static void copy_slice(struct ffs_tracker *t, struct ffs_branch *b, uint64_t num
 	unsigned region;
 	uint64_t slice;
 
-	if (FFS_FAULT("copy-slice") < 0)
-		return; /* passed over */
 	ffs_pages_slice(t->pages, number, &region, &slice);
 	struct ffs_pages_region *r = &t->pages->r[region];
 	uint64_t end = (slice + 1) * r->clusters_per_slice;
@@ -262,72 +260,31 @@ static void copy_slice(struct ffs_tracker *t, struct ffs_branch *b, uint64_t num
 
 /* ---- settling ---- */
 
-/* What of a branch is still needed: bytes, and the offsets of the first and last cluster. */
-struct missing {
-	uint64_t bytes, first, last;
-};
-
-static struct missing find_missing(const struct ffs_tracker *t, const struct ffs_branch *b)
+/* What must not happen, with what it takes to find out why: whether pages were passed over, and where, or only
+ * counted wrongly. */
+static int not_captured(struct ffs_tracker *t, struct ffs_branch *b, struct ffs_error *err)
 {
-	struct missing m = {0};
+	uint64_t needed = 0, first = 0, last = 0, remaining = atomic_load(&b->remaining);
 
 	for (unsigned i = 0; i < t->pages->n; i++) {
 		const struct ffs_pages_region *r = &t->pages->r[i];
 
 		for (uint64_t c = 0; c < r->n_clusters; c++) {
-			ffs_mask need = atomic_load_explicit(&b->need[i][c], memory_order_acquire);
+			ffs_mask m = atomic_load(&b->need[i][c]);
 
-			if (!need)
+			if (!m)
 				continue;
-			m.last = r->offset + c * r->cluster_bytes;
-			m.first = m.bytes ? m.first : m.last;
-			m.bytes += (unsigned)__builtin_popcount(need) * r->page_size;
+			last = r->offset + c * r->cluster_bytes;
+			first = needed ? first : last;
+			needed += (unsigned)__builtin_popcount(m) * r->page_size;
 		}
 	}
-	return m;
-}
-
-/* Every slice is done, so nothing should be needed any more. But it is the need bits that say what a branch
- * lacks: what they name is protected to this day, as it was at the instant, and is copied now. It was passed
- * over by a mistake of ours (seen once in some thousand branches, not explained), which the log tells of. */
-static void capture_passed_over(struct ffs_tracker *t, struct ffs_branch *b, void *buf)
-{
-	struct missing m = find_missing(t, b);
-
-	if (!m.bytes || ffs_branch_failed(b))
-		return;
-	ffs_log(FFS_LOG_ERROR,
-		"branch %s of %s: copiers passed over %llu bytes, in clusters from %#llx to %#llx (%s its slot, "
-		"%llu bytes remain, %llu are its parent's, %llu faults): copied now; please report this",
-		b->name[0] ? b->name : b->id, b->sandbox, (unsigned long long)m.bytes,
-		(unsigned long long)m.first, (unsigned long long)m.last,
-		atomic_load(&t->slots[b->slot].branch) == b ? "in" : "NOT in",
-		(unsigned long long)atomic_load(&b->remaining), (unsigned long long)b->shared_bytes,
-		(unsigned long long)atomic_load(&b->faults));
-	for (unsigned i = 0; i < t->pages->n; i++) {
-		uint64_t c = 0;
-		unsigned n;
-
-		for (; !ffs_branch_failed(b) &&
-			(n = ffs_tracker_needed(t, b, i, &c, t->pages->r[i].n_clusters)) > 0;
-			c += n)
-			ffs_tracker_capture(t, i, c, n, buf);
-	}
-}
-
-/* What must not happen, with what it takes to find out why: whether pages were passed over, and where, or only
- * counted wrongly. */
-static int not_captured(struct ffs_tracker *t, struct ffs_branch *b, struct ffs_error *err)
-{
-	struct missing m = find_missing(t, b);
-
 	return ffs_error_set(err, EIO,
 		"%llu bytes were not captured (%llu are still needed, in clusters from %#llx to %#llx; %llu of "
-		"%llu slices are done, %llu bytes are the parent's)",
-		(unsigned long long)atomic_load(&b->remaining), (unsigned long long)m.bytes,
-		(unsigned long long)m.first, (unsigned long long)m.last,
-		(unsigned long long)atomic_load(&b->slices_done), (unsigned long long)t->pages->n_slices,
-		(unsigned long long)b->shared_bytes);
+		"%llu slices are done)",
+		(unsigned long long)remaining, (unsigned long long)needed, (unsigned long long)first,
+		(unsigned long long)last, (unsigned long long)atomic_load(&b->slices_done),
+		(unsigned long long)t->pages->n_slices);
 }
 
 /* Everything is in the image, or the branch failed: once per branch, by the copier that got there first. */
@@ -490,8 +447,6 @@ void *ffs_copier_main(void *arg)
 				last = atomic_fetch_add(&b->slices_done, 1) + 1 == t->pages->n_slices;
 			}
 		}
-		if (last)
-			capture_passed_over(t, b, buf);
 		if ((last || ffs_branch_failed(b)) && atomic_exchange(&b->finalising, 1) == 0)
 			finish(t, b);
 		ffs_branch_put(b);

@@ -90,9 +90,8 @@ def mount_again(r):
 
 
 def check_log(r):
-    """Nothing that a sanitizer has to say, and no mistake that the engine made good."""
+    """Nothing that a sanitizer has to say."""
     log = r.mount.log()
-    assert "passed over" not in log, log
     assert "Sanitizer" not in log, log[log.index("Sanitizer") - 200:][:6000]
 
 

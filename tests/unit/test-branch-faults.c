@@ -347,39 +347,6 @@ static void test_captured_meanwhile(void **s)
 	fake_vmm_stop(&f);
 }
 
-/* A copier that passes over a slice, for whatever reason: the need bits say so, and the branch is whole. */
-static void passed_over(bool track)
-{
-	struct fake_vmm f;
-
-	assert_true(fake_vmm_start(&f, FAKE_MEMFD, 8 * MIB, 2));
-	struct ffs_sandbox *sb = attach(&f, track);
-
-	assert_true(fake_vmm_runs(&f, 2000));
-	for (unsigned i = 0; i < 3; i++) {
-		assert_true(fake_vmm_tell(&f, 'p')); /* no fault captures it */
-		rules("copy-slice@2 error:EIO\n");
-		struct ffs_branch *b = take(sb);
-
-		wait_ready(b);
-		rules_none();
-		assert_true(fake_vmm_read_truth(&f, NULL, NULL));
-		assert_true(fake_vmm_tell(&f, 'c'));
-		assert_true(fake_vmm_runs(&f, 2000));
-		assert_int_equal(wrong_pages(b, f.truth, f.size), 0);
-		assert_int_equal(atomic_load(&b->remaining), 0);
-		ffs_branch_unref(b);
-	}
-	ffs_sandbox_unref(sb);
-	fake_vmm_stop(&f);
-}
-
-static void test_passed_over(void **s)
-{
-	passed_over(false);
-	passed_over(true);
-}
-
 /* QEMU punches the page out of the memfd first, and the event comes with its madvise. What is copied in
  * between is no memory of the branch's instant. */
 static void test_hole_before_event(void **s)
@@ -499,7 +466,6 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test_teardown(test_late_release, faults_after),
 		cmocka_unit_test_teardown(test_captured_meanwhile, faults_after),
-		cmocka_unit_test_teardown(test_passed_over, faults_after),
 		cmocka_unit_test_teardown(test_hole_before_event, faults_after),
 		cmocka_unit_test_teardown(test_discard_one_page, faults_after),
 		cmocka_unit_test_teardown(test_sweep_fails_beside_a_branch, faults_after),
