@@ -15,6 +15,7 @@ from forkfs_test import rig
 TIMEOUT = {"test_sequence": 240}
 LONG_TIMEOUT = {"test_sequence": 3600}
 SECONDS = 25
+STORES = ["memory"] * 3 + ["packed", "dense"]
 DAEMON = {"binary": os.environ["FORKFS_STRESS_BIN"]} if "FORKFS_STRESS_BIN" in os.environ else {}
 RUN = ["counter", "load,mib=48,seq=1,random=1"]
 
@@ -47,7 +48,7 @@ class Reader(threading.Thread):
 
 def check(r, name, mode, chance):
     """Take a branch, read it from several threads in flight, and as a whole when it is ready."""
-    branch = r.branch_with_truth(name, mode=mode)
+    branch = r.branch_with_truth(name, mode=mode, store=chance.choice(STORES))
     readers = [Reader(branch, r.truth, chance.randrange(1 << 30)) for _ in range(chance.randrange(4))]
     for reader in readers:
         reader.join()
@@ -82,11 +83,13 @@ def end_and_find_again(r, chance):
         assert time.monotonic() < deadline, r.mount.log()
         time.sleep(0.005)
     assert rig.metric(r, "reattached_total") == 1, r.mount.log()
+    for branch in (r.sandbox / "branches").iterdir():  # of the store, and what the store knows to have failed
+        branch.rmdir()
 
 
 def mount_again(r):
     """A daemon, of the build that was asked for."""
-    r.mount = r.case.mount(**DAEMON)
+    r.mount = r.case.mount(options=f"store={r.case.dir}/store", **DAEMON)
 
 
 def check_log(r):
@@ -100,7 +103,7 @@ def test_sequence(case):
     seed = int(os.environ.get("FORKFS_STRESS_SEED", random.randrange(1 << 30)))
     print(f"FORKFS_STRESS_SEED={seed}")
     chance = random.Random(seed)
-    r = rig.Rig(case, mount=case.mount(**DAEMON), mib=128, run=RUN, attach=["--track"])
+    r = rig.Rig(case, mount=case.mount(options=f"store={case.dir}/store", **DAEMON), mib=128, run=RUN, attach=["--track"])
     kept, taken, kills, end = [], 0, 0, time.monotonic() + SECONDS
     while taken < 1000 if case.long else time.monotonic() < end or not taken:
         what = chance.choice(["live", "live", "live", "diff", "full", "cancel", "remove", "pause", "detach", "kill"])
