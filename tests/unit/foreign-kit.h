@@ -17,6 +17,15 @@
 #include "guest/maps.h"
 #include "target.h"
 
+#ifdef __SANITIZE_THREAD__
+/* children of these programs, which had threads when they forked, start some themselves */
+const char *__tsan_default_options(void);
+const char *__tsan_default_options(void)
+{
+	return "die_after_fork=0";
+}
+#endif
+
 #define MIB (1ull << 20)
 #define SIZE (8 * MIB)
 
