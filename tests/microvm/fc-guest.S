@@ -1,9 +1,11 @@
 /* The same guest (guest.S) as an ELF64 kernel for Firecracker: the 64-bit Linux boot protocol, entered in ring 0 with
  * rsi = boot_params and the first GiB mapped.
  *
- * The command line begins with two decimal numbers, in MiB: where the slice is, and its size. It makes page tables of
- * its own for 16 GiB, and goes to ring 3 with IOPL 3: a hypervisor without hardware support emulates ring 0 instruction
+ * The command line begins with two decimal numbers, in MiB: where the slice is, and its size; then comes "mailbox" when
+ * there is one, of the name config and the token s3cret. It makes page tables of its own for 16 GiB, and goes to ring 3 with IOPL 3: a hypervisor without hardware support emulates ring 0 instruction
  * by instruction. */
+#include "machine.h"
+
 #define CMD_LINE_PTR 0x228		/* struct boot_params: hdr.cmd_line_ptr */
 #define TABLES 0x800000			/* PML4, PDPT, 16 page directories */
 
@@ -15,7 +17,15 @@ _start:	lea	stack_end(%rip), %rsp
 	mov	%rax, %r15
 	call	number
 	mov	%rax, %r14
-	mov	$TABLES, %edi			/* the VM may have been reset: all entries are written */
+	xor	%r10d, %r10d
+	cmpb	$'m', (%rsi)
+	jne	7f
+	mov	$HAS_MAILBOX, %r10d
+	movabs	$0x73006769666e6f63, %rax	/* "config\0s3cret" */
+	mov	%rax, GPA_MAILBOX + MAILBOX_NAME
+	movabs	$0x7465726333, %rax
+	mov	%rax, GPA_MAILBOX + MAILBOX_NAME + 8
+7:	mov	$TABLES, %edi			/* the VM may have been reset: all entries are written */
 	xor	%eax, %eax
 	mov	$(2 * 512), %ecx
 	rep stosq
@@ -49,7 +59,7 @@ _start:	lea	stack_end(%rip), %rsp
 	xor	%r8d, %r8d
 	xor	%r11d, %r11d
 	xor	%r13d, %r13d
-	mov	$'0', %edi
+	lea	'0'(%r10), %edi
 	lea	stack_end(%rip), %rdx
 	lea	guest_begin(%rip), %rcx
 	push	$0x1b				/* ss */

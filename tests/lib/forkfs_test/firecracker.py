@@ -10,7 +10,7 @@ import struct
 import subprocess
 import time
 
-from . import console, processes
+from . import console, microvm, processes
 from .api import Api
 from .case import Missing
 
@@ -43,9 +43,11 @@ class Firecracker:
     backend     what `memory` is: "File", or "Uffd" and the socket of a pager
     jail        uid of the jail, or None
     machine     more keys of machine-config
+    mailbox     the guest publishes one, config:s3cret
     """
 
-    def __init__(self, case, name, mib=128, at=16, work=64, load=None, jail=None, machine=None, devices=None, backend="File"):
+    def __init__(self, case, name, mib=128, at=16, work=64, load=None, jail=None, machine=None, devices=None, backend="File",
+                 mailbox=False):
         self.case, self.name, self.mib = case, name, mib
         self.dir = root = case.dir / f"vm-{name}"
         self.dir.mkdir()
@@ -61,7 +63,7 @@ class Firecracker:
         inside = "" if jail else str(root)
         shutil.copy(case.tool("../microvm/fc-guest"), root / "kernel")
         (root / "log").touch()
-        config = {"boot-source": {"kernel_image_path": f"{inside}/kernel", "boot_args": f"{at} {work} ."},
+        config = {"boot-source": {"kernel_image_path": f"{inside}/kernel", "boot_args": f"{at} {work} {'mailbox' if mailbox else '.'}"},
                   "machine-config": {"vcpu_count": 1, "mem_size_mib": mib, **(machine or {})}, "drives": [], **(devices or {})}
         (root / "config").write_text(json.dumps(config))
         if jail:
@@ -127,6 +129,10 @@ class Firecracker:
             assert time.monotonic() < deadline, f"{self.name} is too slow: {self.steps()} of {goal}"
             time.sleep(0.01)
         self.check_sane()
+
+    def mails(self):
+        """What the guest has said of its mailbox."""
+        return microvm.mails((self.dir / "console").read_bytes())
 
     def protected(self):
         """Mappings of the VMM that are registered for write protection."""
