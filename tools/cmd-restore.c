@@ -151,6 +151,9 @@ static int prepare(struct ffs_restore *r, const struct restore_args *a, struct f
 	}
 	if (!got && r->backend && r->ops != &ffs_restore_firecracker)
 		got = ffs_error_set(err, EINVAL, "--backend is for Firecracker's children; the branch is of a %s", r->ops->kind);
+	if (!got && (r->drives.n || r->nets.n) && r->ops != &ffs_restore_firecracker)
+		got = ffs_error_set(err, EINVAL, "--drive and --net are for Firecracker's children; the branch is of a %s",
+			r->ops->kind);
 	if (!got && r->backend && r->target.fork[0] && !strcmp(r->backend, "uffd"))
 		got = ffs_error_set(err, ENOTSUP,
 			"--backend uffd serves the branch's memory, without the payloads of fork %s: leave it out, or serve the "
@@ -458,6 +461,8 @@ static int check_args(struct restore_args *a, struct ffs_error *err)
 int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 {
 	struct restore_args a = {.n = 1};
+	_cleanup_(ffs_tree_close) struct ffs_tree t = FFS_TREE_INIT;
+	struct ffs_restore r = {.tree = &t, .memory_fd = -1, .began_ns = ffs_now_ns()};
 	const struct ffs_opt opts[] = {
 		{NULL, 'n', FFS_OPT_VALUE, &a.count},
 		{"vmm", 0, FFS_OPT_VALUE, &a.vmm},
@@ -468,6 +473,8 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		{"paused", 0, FFS_OPT_FLAG, &a.paused},
 		{"backend", 0, FFS_OPT_VALUE, &a.backend},
 		{"no-prefetch", 0, FFS_OPT_FLAG, &a.no_prefetch},
+		{"drive", 0, FFS_OPT_EACH, &r.drives},
+		{"net", 0, FFS_OPT_EACH, &r.nets},
 		{"accept-torn", 0, FFS_OPT_FLAG, &a.torn},
 		{"trust", 0, FFS_OPT_FLAG, &a.trust},
 		{"as-served", 0, FFS_OPT_FLAG, &a.as_served},
@@ -476,8 +483,6 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		{"help", 'h', FFS_OPT_FLAG, &a.help},
 		{0},
 	};
-	_cleanup_(ffs_tree_close) struct ffs_tree t = FFS_TREE_INIT;
-	struct ffs_restore r = {.tree = &t, .memory_fd = -1, .began_ns = ffs_now_ns()};
 	struct ffs_error err = {0};
 	int n, code, own = argc;
 
@@ -511,6 +516,8 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 	ffs_restore_conf_free(&r.conf);
 	ffs_close_fd(&r.memory_fd);
 	free(r.page);
+	ffs_words_free(&r.drives);
+	ffs_words_free(&r.nets);
 	json_object_put(r.notes);
 	json_object_put(r.status);
 	return code;

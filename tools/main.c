@@ -45,7 +45,8 @@ const struct ffs_command ffs_commands[] = {
 	{"rm", "NAME/BRANCH[/FORK]…", "remove branches or forks; who has one open goes on reading it", ffs_cmd_rm},
 	{"restore",
 		"NAME/BRANCH[/FORK] [-n COUNT] [--attach NAME [--track]] [--paused] [--accept-torn] [--trust] [--as-served] [--show] "
-		"[--vmm BINARY] [--conf FILE] [--dir DIR] [--backend file|uffd [--no-prefetch]] [-- VMM ARGS…]",
+		"[--vmm BINARY] [--conf FILE] [--dir DIR] [--backend file|uffd [--no-prefetch]] [--drive ID=PATH]… "
+		"[--net IFACE=TAP]… [-- VMM ARGS…]",
 		"start VMs that go on where the branch was taken; a line of JSON for each", ffs_cmd_restore},
 	{"verify", "PATH…",
 		"read all of a branch, or of a store, and name the first byte that is not as written",

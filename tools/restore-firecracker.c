@@ -19,11 +19,14 @@
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "restore-api.h"
+#include "restore-drives.h"
 
 #define PAGER_SOCKET "pager"
 
 struct plan {
 	bool uffd;
+	bool vsock; /* the VM has one */
+	struct ffs_drives drives;
 	struct ffs_child pager; /* a process of a directory of its own, as the children are */
 };
 
@@ -55,22 +58,19 @@ static int find_program(struct ffs_restore *r, struct ffs_error *err)
 
 static int plan(struct ffs_restore *r, struct ffs_error *err)
 {
-	uint64_t drives = ffs_json_u64(r->vmm, "writable_drives");
 	struct plan *p = calloc(1, sizeof(*p));
+	int got;
 
 	if (!p)
 		return ffs_error_set(err, ENOMEM, "no memory for a plan");
 	r->plan = p;
 	p->pager.pidfd = p->pager.control = -1;
 	p->uffd = r->backend && !strcmp(r->backend, "uffd");
-	/* it opens them by the names that are in the device state, which are the parent's */
-	if (drives)
-		return ffs_error_set(err, ENOTSUP,
-			"the VM of branch %s has %llu writable drives, and Firecracker's children open the "
-			"very files of their "
-			"parent: load the branch by hand in a jail, where its disks/ lie under those names",
-			r->target.branch, (unsigned long long)drives);
-	if (ffs_cli_json_bool(r->vmm, "resets_vsock"))
+	got = ffs_drives_plan(r, &p->drives, err);
+	if (got < 0)
+		return got;
+	p->vsock = ffs_cli_json_bool(r->vmm, "resets_vsock");
+	if (p->vsock)
 		ffs_restore_note(r, "the guest's vsock connections were reset when the branch was taken");
 	return find_program(r, err);
 }
@@ -144,7 +144,9 @@ static void end(struct ffs_restore *r)
 
 static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
 {
+	const struct plan *p = r->plan;
 	char api[160] = "api";
+	int got;
 
 	ffs_restore_api_socket(c, api);
 	ffs_argv_add(out, r->conf.binary);
@@ -154,39 +156,64 @@ static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *
 		ffs_argv_add(out, r->conf.arg.word[i]);
 	for (unsigned i = 0; i < r->n_user_args; i++)
 		ffs_argv_add(out, r->user_arg[i]);
-	return ffs_restore_api_give_vmstate(r, c, err);
+	got = ffs_drives_copy(r, &p->drives, c, err);
+	return got ? got : ffs_restore_api_give_vmstate(r, c, err);
 }
 
-/* The body of PUT /snapshot/load; the caller frees it. */
-static char *load_request(struct ffs_restore *r, struct ffs_child *c)
+/* Its own socket for the guest's vsock; Firecrackers before 1.16 know the parent's only. */
+static int add_vsock(struct ffs_child *c, struct json_object *body, struct ffs_error *err)
 {
-	struct json_object *o = json_object_new_object(), *backend = json_object_new_object();
+	struct json_object *root = NULL, *o;
+	unsigned major = 0, minor = 0;
+	char path[160];
+	int got = ffs_restore_api_call(c, "GET", "/", NULL, &root, err);
+
+	if (!got && sscanf(ffs_json_string(root, "vmm_version"), "%u.%u", &major, &minor) == 2 &&
+		(major > 1 || (major == 1 && minor >= 16))) {
+		o = json_object_new_object();
+		ffs_child_socket(c, "vsock", "vsock", path);
+		json_object_object_add(o, "uds_path", json_object_new_string(path));
+		json_object_object_add(body, "vsock_override", o);
+	}
+	json_object_put(root);
+	return got;
+}
+
+/* The body of PUT /snapshot/load. */
+static int load_request(struct ffs_restore *r, struct ffs_child *c, struct json_object *body, struct ffs_error *err)
+{
+	struct json_object *backend = json_object_new_object();
 	struct plan *p = r->plan;
 	char path[160];
-	char *text;
+	int got;
 
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", FFS_CHILD_VMSTATE);
-	json_object_object_add(o, "snapshot_path", json_object_new_string(path));
+	json_object_object_add(body, "snapshot_path", json_object_new_string(path));
 	if (p->uffd)
 		snprintf(path, sizeof(path), "%s/" PAGER_SOCKET, p->pager.dir);
 	else
 		snprintf(path, sizeof(path), "/proc/self/fd/%d", FFS_CHILD_MEMORY);
 	json_object_object_add(backend, "backend_type", json_object_new_string(p->uffd ? "Uffd" : "File"));
 	json_object_object_add(backend, "backend_path", json_object_new_string(path));
-	json_object_object_add(o, "mem_backend", backend);
-	json_object_object_add(o, "resume_vm", json_object_new_boolean(false));
-	text = strdup(
-		json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE));
-	json_object_put(o);
-	return text;
+	json_object_object_add(body, "mem_backend", backend);
+	json_object_object_add(body, "resume_vm", json_object_new_boolean(false));
+	got = ffs_nets_add(r, c, body, err);
+	return !got && p->vsock ? add_vsock(c, body, err) : got;
 }
 
 static int load(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
 {
-	_cleanup_free_ char *body = load_request(r, c);
-	int got = body ? ffs_restore_api_connect(c, err) : ffs_error_set(err, ENOMEM, "no memory for a request");
+	struct json_object *body = json_object_new_object();
+	struct plan *p = r->plan;
+	int got = ffs_restore_api_connect(c, err);
 
-	return got ? got : ffs_restore_api_call(c, "PUT", "/snapshot/load", body, NULL, err);
+	if (!got)
+		got = load_request(r, c, body, err);
+	if (!got)
+		got = ffs_restore_api_call(c, "PUT", "/snapshot/load",
+			json_object_to_json_string_ext(body, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE), NULL, err);
+	json_object_put(body);
+	return got ? got : ffs_drives_patch(r, &p->drives, c, err);
 }
 
 const struct ffs_restore_ops ffs_restore_firecracker = {

@@ -5,7 +5,7 @@
  *   restore-fork.c       a fork's own pages, written into its children
  *   restore-conf.c       which program, with which options of the host (/etc/forkfs/vmm.d)
  *   restore-qemu*.c      kind qemu            restore-api.c   kind coop, and what VMMs with an HTTP API share
- *   restore-firecracker.c   kind firecracker
+ *   restore-firecracker.c, restore-drives.c   kind firecracker
  *
  * A kind is a table of operations (struct ffs_restore_ops), a line in ffs_restore_kinds[]. Nothing that a branch's
  * manifest says is believed: it was written by a VMM, or by a stranger. */
@@ -68,6 +68,7 @@ struct ffs_restore {
 	bool writing;                /* its capture is still going on */
 	bool trust, paused, imported, no_prefetch;
 	const char *backend;         /* --backend: "file", "uffd"; NULL: not said. Of the kind firecracker only */
+	struct ffs_words drives, nets; /* --drive, --net: ID=VALUE each. Of the kind firecracker only */
 	struct ffs_restore_conf conf;
 	const char *const *user_arg; /* what came after -- */
 	unsigned n_user_args;

@@ -24,6 +24,7 @@
 #include "vmm/dial.h"
 
 #define JSON_DEPTH 32
+#define MAX_DRIVES 64 /* listed; a VM with more has them, and its children are refused */
 
 /* ---- requests ---------------------------------------------------------------------------------- */
 
@@ -401,17 +402,28 @@ static bool has_device(struct json_object *config, const char *key)
 	return json_object_object_get_ex(config, key, &v) && json_object_is_type(v, json_type_object);
 }
 
-static unsigned count_writable_drives(struct json_object *config)
+/* The drives that are files: which of them a child needs for itself. They are named as the VMM knows them. */
+static struct json_object *list_drives(struct json_object *config, unsigned *writable)
 {
-	struct json_object *drives, *v;
-	unsigned n = 0;
+	struct json_object *drives, *list = json_object_new_array();
 
 	if (!json_object_object_get_ex(config, "drives", &drives) || !json_object_is_type(drives, json_type_array))
-		return 0;
-	for (size_t i = 0; i < json_object_array_length(drives); i++)
-		n += !json_object_object_get_ex(json_object_array_get_idx(drives, i), "is_read_only", &v) ||
-		     !json_object_get_boolean(v);
-	return n;
+		return list;
+	for (size_t i = 0; i < json_object_array_length(drives) && i < MAX_DRIVES; i++) {
+		struct json_object *v, *drive = json_object_array_get_idx(drives, i), *o = json_object_new_object();
+		char id[65] = "", path[1024] = "";
+		bool read_only;
+
+		copy_string(drive, "drive_id", id, sizeof(id));
+		copy_string(drive, "path_on_host", path, sizeof(path));
+		read_only = json_object_object_get_ex(drive, "is_read_only", &v) && json_object_get_boolean(v);
+		*writable += !read_only;
+		json_object_object_add(o, "id", json_object_new_string(id));
+		json_object_object_add(o, "path", json_object_new_string(path));
+		json_object_object_add(o, "read_only", json_object_new_boolean(read_only));
+		json_object_array_add(list, o);
+	}
+	return list;
 }
 
 /* Who answers, and what the VM is made of. A VMM that has only the requests that are needed is served too. */
@@ -437,7 +449,7 @@ static int learn(struct ffs_api *d, uint64_t deadline_ns, struct ffs_error *err)
 	if (!r && config) {
 		d->vsock = has_device(config, "vsock");
 		d->balloon = has_device(config, "balloon");
-		d->writable_drives = count_writable_drives(config);
+		d->drives = list_drives(config, &d->writable_drives);
 		json_object_put(config);
 	}
 	return r;
@@ -492,7 +504,7 @@ int ffs_api_connect(
 
 void ffs_api_describe(struct ffs_api *d, struct json_object *obj)
 {
-	struct json_object *copy = NULL;
+	struct json_object *copy = NULL, *drives = NULL;
 
 	json_object_object_add(
 		obj, "version", json_object_new_string(d->version[0] ? d->version : "unknown"));
@@ -504,6 +516,8 @@ void ffs_api_describe(struct ffs_api *d, struct json_object *obj)
 	/* a save tells the guest's vsock driver that its connections are over */
 	json_object_object_add(obj, "resets_vsock", json_object_new_boolean(d->vsock));
 	json_object_object_add(obj, "writable_drives", json_object_new_int((int)d->writable_drives));
+	if (d->drives && json_object_deep_copy(d->drives, &drives, NULL) == 0)
+		json_object_object_add(obj, "drives", drives);
 }
 
 void ffs_api_close(struct ffs_vmm *vmm)
@@ -521,5 +535,6 @@ void ffs_api_close(struct ffs_vmm *vmm)
 	ffs_close_fd(&d->fifo);
 	ffs_api_place_close(&d->place);
 	json_object_put(d->machine);
+	json_object_put(d->drives);
 	free(d);
 }

@@ -46,6 +46,7 @@ struct ffs_api {
 	bool vsock, balloon;         /* devices the VM has */
 	unsigned writable_drives;
 	struct json_object *machine; /* its machine-config, or NULL */
+	struct json_object *drives;  /* an array, as of attach, or NULL */
 	/* coop */
 	int uffd; /* handed over with the geometry, and not yet taken; -1 */
 	/* firecracker */
