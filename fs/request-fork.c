@@ -11,10 +11,8 @@
 #include "base/util.h"
 #include "ctl.h"
 #include "fork.h"
+#include "mailbox/ack.h"
 #include "text.h"
-
-#define ACK_DEFAULT_MS 5000
-#define ACK_MAX_MS 30000
 
 /* ---- language
  * ----------------------------------------------------------------------------------------------------- */
@@ -23,23 +21,16 @@ static int parse_timeout(struct json_object *o, struct ffs_box_request *box, str
 {
 	struct json_object *v;
 
-	box->ack_timeout_ms = ACK_DEFAULT_MS;
+	box->ack_timeout_ms = FFS_ACK_DEFAULT_MS;
 	if (!json_object_object_get_ex(o, "ack_timeout_ms", &v) || !v)
 		return 0;
 	if (!json_object_is_type(v, json_type_int))
 		return ffs_error_set(
 			err, EINVAL, "mailbox '%s': 'ack_timeout_ms' is a number of milliseconds", box->name);
-	int64_t ms = json_object_get_int64(v);
+	char what[FFS_MAILBOX_NAME_MAX + FFS_MAILBOX_TOKEN_MAX + 40];
 
-	if (ms < 0)
-		return ffs_error_set(
-			err, EINVAL, "mailbox '%s': ack_timeout_ms must not be negative", box->name);
-	if (ms > ACK_MAX_MS)
-		return ffs_error_set(err, EINVAL, "mailbox '%s': ack_timeout_ms must be %d or less",
-			box->name, ACK_MAX_MS);
-	if (ms)
-		box->ack_timeout_ms = (unsigned)ms;
-	return 0;
+	snprintf(what, sizeof(what), "mailbox '%s': ack_timeout_ms", box->name);
+	return ffs_ack_timeout(json_object_get_int64(v), what, &box->ack_timeout_ms, err);
 }
 
 static int parse_token(struct json_object *o, struct ffs_box_request *box, struct ffs_error *err)

@@ -1,9 +1,11 @@
-/* `mailbox,NAME,TOKEN[,ms=5][,stale=0]`: publishes a mailbox and says what the host puts into it:
+/* `mailbox,NAME,TOKEN[,ms=5][,stale=0][,ack=1]`: publishes a mailbox and says what the host puts into it:
  *
  *     mailbox NAME ready
  *     mailbox NAME took LENGTH epoch HEX flags N: PAYLOAD
  *
- * ms: between two looks. stale: so many old copies of the frame lie in memory beside it, as page cache and
+ *     mailbox NAME acknowledged: TEXT       (where the host wants it)
+ *
+ * ack: 0 never, 2 with a wrong epoch. ms: between two looks. stale: so many old copies of the frame lie in memory beside it, as page cache and
  * freed pages hold them. One thread. */
 #include "guest.h"
 
@@ -14,10 +16,23 @@
 
 #include "mailbox.h"
 
+static void acknowledge(struct guest_mailbox *m, const uint8_t epoch[16], uint64_t how)
+{
+	uint8_t what[16];
+	char text[140];
+
+	memcpy(what, epoch, sizeof(what));
+	if (how == 2)
+		what[15] ^= 1;
+	guest_mailbox_ack_text(m, what, text);
+	guest_mailbox_ack(m, what);
+	guest_say("mailbox %s acknowledged: %.*s", guest_mailbox_name(m), (int)strcspn(text, "\n"), text);
+}
+
 int mailbox_main(int argc, char **argv)
 {
 	static char payload[GUEST_MAILBOX_PAYLOAD + 1], hex[33];
-	uint64_t ms = guest_arg(argc, argv, "ms", 5), stale = guest_arg(argc, argv, "stale", 0);
+	uint64_t ms = guest_arg(argc, argv, "ms", 5), stale = guest_arg(argc, argv, "stale", 0), ack = guest_arg(argc, argv, "ack", 1);
 	struct timespec step = {(time_t)(ms / 1000), (long)(ms % 1000) * 1000000};
 	struct guest_mailbox m;
 	uint8_t epoch[16];
@@ -42,6 +57,8 @@ int mailbox_main(int argc, char **argv)
 				snprintf(hex + 2 * i, 3, "%02x", epoch[i]);
 			guest_say("mailbox %s took %zu epoch %s flags %u: %.3000s", argv[1], len, hex, flags,
 				payload);
+			if (flags & GUEST_MAILBOX_WANTS_ACK && ack)
+				acknowledge(&m, epoch, ack);
 		}
 		nanosleep(&step, NULL);
 	}

@@ -3,7 +3,14 @@
  *
  *     struct guest_mailbox m;
  *     if (guest_mailbox_publish(&m, "config", "my-token") < 0) …
- *     for (;;) { if (guest_mailbox_take(&m, payload, &len, epoch, &flags) > 0) …; sleep a little; }
+ *     for (;;) {
+ *         if (guest_mailbox_take(&m, payload, &len, epoch, &flags) > 0) {
+ *             …;
+ *             if (flags & GUEST_MAILBOX_WANTS_ACK)
+ *                 guest_mailbox_ack(&m, epoch);
+ *         }
+ *         sleep a little;
+ *     }
  *
  * One thread a mailbox. Functions return -1 and errno, or what they say. Nothing but the published page ever
  * holds a whole frame: the magic is put together byte by byte in place, and the program's own image has it
@@ -111,4 +118,41 @@ static inline int guest_mailbox_take(
 		return 1;
 	errno = EBADMSG;
 	return -1;
+}
+
+/* What identifies a fork is in its epoch, what identifies the mailbox in its name; the marker begins with the
+ * 24 bytes of the magic. */
+static inline const char *guest_mailbox_name(const struct guest_mailbox *m)
+{
+	return (const char *)m->page + 24;
+}
+
+/* Acknowledge the payload that came with this epoch, in the page itself: the host looks there while it waits
+ * (GUEST_MAILBOX_WANTS_ACK in the flags). */
+static inline void guest_mailbox_ack(struct guest_mailbox *m, const uint8_t epoch[16])
+{
+	uint32_t crc = guest_mailbox_crc(0, epoch, 16);
+
+	crc = guest_mailbox_crc(crc, (const uint8_t *)guest_mailbox_name(m), strlen(guest_mailbox_name(m)));
+	__atomic_store_n((uint32_t *)(m->page + 236), crc, __ATOMIC_RELAXED);
+	__atomic_store_n((uint32_t *)(m->page + 232), 1, __ATOMIC_RELEASE);
+}
+
+/* The same as a text, for the port that the payload names ("ack_port"), by UDP or vsock: "stage=applied
+ * mailbox=NAME epoch=HEX\n" and a NUL, of at most 140 bytes. Its length. */
+static inline size_t guest_mailbox_ack_text(const struct guest_mailbox *m, const uint8_t epoch[16], char out[140])
+{
+	static const char stage[] = "stage=applied mailbox=", word[] = " epoch=", digit[] = "0123456789abcdef";
+	size_t len = sizeof(stage) - 1, name = strlen(guest_mailbox_name(m));
+
+	memcpy(out, stage, len);
+	memcpy(out + len, guest_mailbox_name(m), name);
+	len += name;
+	memcpy(out + len, word, sizeof(word) - 1);
+	len += sizeof(word) - 1;
+	for (unsigned i = 0; i < 32; i++)
+		out[len++] = digit[epoch[i / 2] >> (i % 2 ? 0 : 4) & 15];
+	out[len++] = '\n';
+	out[len] = '\0';
+	return len;
 }
