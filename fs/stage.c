@@ -177,6 +177,15 @@ static int make_page(
 		s->wants_ack ? FFS_MAILBOX_WANTS_ACK : 0, put_into_page, s->page);
 }
 
+/* Whoever starts the child adds the port at which it waits; that no room is left is known now. */
+static int check_port(enum ffs_mailbox_kind kind, struct ffs_span payload, struct ffs_error *err)
+{
+	char with_port[FFS_MAILBOX_PAYLOAD_MAX];
+	ssize_t n = ffs_json_add_port(payload, 65535, with_port, ffs_mailbox_layout(kind)->payload_max, err);
+
+	return n < 0 ? (int)n : 0;
+}
+
 static int fill(struct ffs_shot *shot, const struct ffs_mailbox_frames *frames,
 	const struct ffs_stage_request *req, const uint8_t epoch[16], struct ffs_staged *s,
 	struct ffs_error *err)
@@ -197,6 +206,8 @@ static int fill(struct ffs_shot *shot, const struct ffs_mailbox_frames *frames,
 	r = ffs_json_object(s->text, s->text_len, &s->payload, err);
 	if (!r)
 		r = ffs_mailbox_fits(frame->id.kind, s->payload.len, frame->offset, shot->memory_size, err);
+	if (!r && s->wants_ack)
+		r = check_port(frame->id.kind, s->payload, err);
 	return r < 0 ? r : make_page(shot, s, epoch, err);
 }
 

@@ -32,7 +32,7 @@ static const char *split(const char *text)
 	return NULL;
 }
 
-static int add_mailbox(FILE *out, const char *arg, bool first, const char *ack_ms, struct ffs_error *err)
+static int add_mailbox(FILE *out, const char *arg, bool first, const unsigned *ack_ms, struct ffs_error *err)
 {
 	_cleanup_free_ char *file = NULL;
 	const char *equals = split(arg);
@@ -62,7 +62,7 @@ static int add_mailbox(FILE *out, const char *arg, bool first, const char *ack_m
 	fprintf(out, "%s{\"name\":%s,\"payload\":%.*s", first ? "" : ",",
 		json_object_to_json_string_ext(name, JSON_C_TO_STRING_PLAIN), (int)object.len, object.at);
 	if (ack_ms)
-		fprintf(out, ",\"wait_for_ack\":true,\"ack_timeout_ms\":%s", ack_ms);
+		fprintf(out, ",\"wait_for_ack\":true,\"ack_timeout_ms\":%u", *ack_ms);
 	fprintf(out, "}");
 	json_object_put(name);
 	return 0;
@@ -70,7 +70,7 @@ static int add_mailbox(FILE *out, const char *arg, bool first, const char *ack_m
 
 /* NULL with a sentence. */
 static char *build(const struct ffs_target *target, const char *fork, const struct ffs_words *boxes,
-	const char *ack_ms, struct ffs_error *err)
+	const unsigned *ack_ms, struct ffs_error *err)
 {
 	char *text = NULL;
 	size_t len = 0;
@@ -95,11 +95,6 @@ static char *build(const struct ffs_target *target, const char *fork, const stru
 	return text;
 }
 
-static bool ack_ok(const char *ms)
-{
-	return strspn(ms, "0123456789") == strlen(ms) && *ms && strlen(ms) < 6 && atoi(ms) <= 30000;
-}
-
 int ffs_cmd_fork(const struct ffs_command *self, int argc, char **argv)
 {
 	_cleanup_(ffs_words_free) struct ffs_words boxes = {0};
@@ -119,6 +114,7 @@ int ffs_cmd_fork(const struct ffs_command *self, int argc, char **argv)
 	struct ffs_target target;
 	struct ffs_error err = {0};
 	char ctl[80];
+	unsigned ack_ms = 0;
 	int n;
 
 	if (ffs_opts_parse(opts, argc, argv, &n, &err) < 0)
@@ -130,11 +126,9 @@ int ffs_cmd_fork(const struct ffs_command *self, int argc, char **argv)
 	if (ffs_target_parse(argv[0], FFS_TARGET_BRANCH, &target, &err) < 0 ||
 		ffs_check_name("fork", argv[1], &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
-	if (ack && !ack_ok(ack))
-		return ffs_usage_error(self,
-			"--ack is a number of milliseconds from 0 (the default, 5000) to 30000, not '%s'",
-			ack);
-	request = build(&target, argv[1], &boxes, ack, &err);
+	if (ack && ffs_ack_option(ack, &ack_ms, &err) < 0)
+		return ffs_usage_error(self, "%s", err.text);
+	request = build(&target, argv[1], &boxes, ack ? &ack_ms : NULL, &err);
 	if (!request)
 		return err.code == EINVAL ? ffs_usage_error(self, "%s", err.text) : ffs_failure(self, &err);
 	snprintf(ctl, sizeof(ctl), "%s/ctl", target.sandbox);

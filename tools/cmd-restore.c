@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
@@ -29,9 +30,10 @@ const struct ffs_restore_ops *const ffs_restore_kinds[] = {&ffs_restore_qemu, &f
 	&ffs_restore_firecracker, NULL};
 
 struct restore_args {
-	const char *count, *vmm, *conf, *dir, *attach, *mount, *backend;
-	bool paused, trust, torn, show, track, as_served, no_prefetch, help;
-	unsigned n;
+	const char *count, *vmm, *conf, *dir, *attach, *mount, *backend, *ack;
+	bool paused, trust, torn, show, track, as_served, no_prefetch, no_ack, help;
+	const char *ack_address;
+	unsigned n, ack_ms;
 };
 
 /* The children of one call, side by side. */
@@ -184,7 +186,12 @@ static void print_child(struct herd *h, const struct ffs_child *c)
 	json_object_object_add(times, "started_ns", json_object_new_uint64(c->started_ns));
 	json_object_object_add(times, "loaded_ns", json_object_new_uint64(c->loaded_ns));
 	json_object_object_add(times, "running_ns", r->paused ? NULL : json_object_new_uint64(c->running_ns));
+	json_object_object_add(times, "acknowledged_ns", c->ack ? json_object_new_uint64(c->acknowledged_ns) : NULL);
 	json_object_object_add(o, "times", times);
+	if (c->ack) {
+		json_object_object_add(o, "acks", ffs_restore_ack_json(c));
+		json_object_object_add(o, "acks_ignored", ffs_restore_ack_ignored_json(c));
+	}
 	if (json_object_array_length(r->notes))
 		json_object_object_add(o, "notes", json_object_get(r->notes));
 	ffs_print_json(o);
@@ -231,6 +238,8 @@ static int start_child(struct herd *h, struct ffs_child *c, struct ffs_error *er
 	if (!got)
 		got = r->ops->command(r, c, &argv, err);
 	if (!got)
+		got = ffs_restore_hooks_before(r, c, err);
+	if (!got)
 		got = start_process(h, c, &argv, err);
 	ffs_argv_free(&argv);
 	if (got < 0)
@@ -240,10 +249,14 @@ static int start_child(struct herd *h, struct ffs_child *c, struct ffs_error *er
 	if (!got)
 		got = ffs_restore_fork_write(r, c, err);
 	c->loaded_ns = ffs_now_ns() - r->began_ns;
+	ffs_restore_hooks_resuming(c);
 	if (!got && !r->paused)
 		got = r->ops->run(r, c, err);
 	c->running_ns = ffs_now_ns() - r->began_ns;
 	r->ops->let_go(r, c);
+	if (!got)
+		got = ffs_restore_hooks_after_resume(r, c, err);
+	c->acknowledged_ns = ffs_now_ns() - r->began_ns;
 	if (got < 0)
 		return ffs_child_explain(c, got, err);
 	return c->name[0] ? attach(h, c, err) : 0;
@@ -277,6 +290,7 @@ static void *work(void *arg)
 			ffs_print_failure(h->self, &shown);
 			h->failed++;
 		}
+		ffs_restore_hooks_close(h->r, c);
 		if (got < 0)
 			ffs_child_destroy(c);
 		else
@@ -444,6 +458,14 @@ static int check_args(struct restore_args *a, struct ffs_error *err)
 		snprintf(name, sizeof(name), a->n > 1 ? "%.70s-%u" : "%.70s", a->attach, a->n);
 		got = ffs_check_name("sandbox", name, err);
 	}
+	if (!got && a->ack)
+		got = ffs_ack_option(a->ack, &a->ack_ms, err);
+	if (!got && a->ack && a->paused)
+		got = ffs_error_set(err, EINVAL, "--ack and --paused exclude each other");
+	if (!got && a->ack && a->no_ack)
+		got = ffs_error_set(err, EINVAL, "--ack and --no-ack exclude each other");
+	if (!got && a->ack_address && ffs_restore_ack_address(a->ack_address, &(struct sockaddr_storage){0}, &(socklen_t){0}) < 0)
+		got = ffs_error_set(err, EINVAL, "--ack-address is an IP address of this host, not '%.60s'", a->ack_address);
 	if (!got && a->attach && a->paused)
 		got = ffs_error_set(err, EINVAL, "--attach and --paused exclude each other");
 	if (!got && a->track && !a->attach)
@@ -475,6 +497,9 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		{"no-prefetch", 0, FFS_OPT_FLAG, &a.no_prefetch},
 		{"drive", 0, FFS_OPT_EACH, &r.drives},
 		{"net", 0, FFS_OPT_EACH, &r.nets},
+		{"ack", 0, FFS_OPT_VALUE, &a.ack},
+		{"no-ack", 0, FFS_OPT_FLAG, &a.no_ack},
+		{"ack-address", 0, FFS_OPT_VALUE, &a.ack_address},
 		{"accept-torn", 0, FFS_OPT_FLAG, &a.torn},
 		{"trust", 0, FFS_OPT_FLAG, &a.trust},
 		{"as-served", 0, FFS_OPT_FLAG, &a.as_served},
@@ -497,10 +522,16 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		return ffs_usage_error(self, "one NAME/BRANCH[/FORK] is wanted; the VMM's own options go after --");
 	if (ffs_target_parse(argv[0], FFS_TARGET_BRANCH | FFS_TARGET_FORK, &r.target, &err) < 0 || check_args(&a, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
+	if (a.ack && !r.target.fork[0])
+		return ffs_usage_error(self, "--ack is for the mailboxes of a fork: NAME/BRANCH/FORK");
 	r.trust = a.trust;
 	r.paused = a.paused;
 	r.backend = a.backend;
 	r.no_prefetch = a.no_prefetch;
+	r.ack_all = a.ack;
+	r.ack_ms = a.ack_ms;
+	r.ack_none = a.no_ack;
+	r.ack_address = a.ack_address;
 	if (own < argc) {
 		r.user_arg = (const char *const *)argv + own + 1;
 		r.n_user_args = (unsigned)(argc - own - 1);

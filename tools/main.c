@@ -46,7 +46,7 @@ const struct ffs_command ffs_commands[] = {
 	{"restore",
 		"NAME/BRANCH[/FORK] [-n COUNT] [--attach NAME [--track]] [--paused] [--accept-torn] [--trust] [--as-served] [--show] "
 		"[--vmm BINARY] [--conf FILE] [--dir DIR] [--backend file|uffd [--no-prefetch]] [--drive ID=PATH]… "
-		"[--net IFACE=TAP]… [-- VMM ARGS…]",
+		"[--net IFACE=TAP]… [--ack MS | --no-ack] [--ack-address IP] [-- VMM ARGS…]",
 		"start VMs that go on where the branch was taken; a line of JSON for each", ffs_cmd_restore},
 	{"verify", "PATH…",
 		"read all of a branch, or of a store, and name the first byte that is not as written",

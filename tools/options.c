@@ -4,6 +4,7 @@
  * ffs_owner_parse(). */
 #include "options.h"
 
+#include <errno.h>
 #include <grp.h>
 #include <pwd.h>
 #include <stdio.h>
@@ -12,6 +13,7 @@
 #include <sys/types.h>
 
 #include "base/util.h"
+#include "mailbox/ack.h"
 
 static const struct ffs_opt *find_long(const struct ffs_opt *opts, const char *name, size_t len)
 {
@@ -300,4 +302,17 @@ int ffs_size_parse(const char *what, const char *text, uint64_t *out, struct ffs
 		return ffs_error_set(err, EINVAL, "%s '%.40s' is no number of bytes", what, text);
 	*out = (uint64_t)v << shift;
 	return 0;
+}
+
+int ffs_ack_option(const char *text, unsigned *ms, struct ffs_error *err)
+{
+	char *end;
+	long long n;
+
+	errno = 0;
+	n = strtoll(text, &end, 10);
+	if (errno || *end || end == text || !strchr("-0123456789", *text))
+		return ffs_error_set(err, EINVAL, "--ack is a number of milliseconds from 0 (the default, %u) to %u, not '%.40s'",
+			FFS_ACK_DEFAULT_MS, FFS_ACK_MAX_MS, text);
+	return ffs_ack_timeout(n, "--ack", ms, err);
 }

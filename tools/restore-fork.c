@@ -66,6 +66,8 @@ int ffs_restore_fork_read(struct ffs_restore *r, struct ffs_error *err)
 		got = ffs_error_set(err, ESTALE, "branch %s was removed, and another made in its place: try again", r->target.branch);
 	else if (!json_object_is_type(pages, json_type_array) || n > FFS_MAILBOX_MAX)
 		got = ffs_error_set(err, EPROTO, "the status of fork %s does not say which pages are its own", r->target.fork);
+	if (!got)
+		got = ffs_restore_ack_read(r, status, err);
 	if (!got) {
 		r->page = calloc(n ? n : 1, sizeof(*r->page));
 		if (!r->page)
@@ -103,20 +105,28 @@ static int find_page(const struct ffs_vma *vma, unsigned n, const struct stat *i
 		offset, found ? "more than once" : "nowhere");
 }
 
-static int put_page(const struct ffs_child *c, const struct ffs_restore_page *p, uint64_t at, struct ffs_error *err)
+static int put_page(const struct ffs_restore *r, const struct ffs_child *c, const struct ffs_restore_page *p, uint64_t at,
+	struct ffs_error *err)
 {
+	uint8_t own[FFS_MAILBOX_PAGE];
 	uint8_t back[FFS_MAILBOX_PAGE];
-	/* writev reads what it is given: nothing of the page is changed */
-	struct iovec ours = {(void *)(uintptr_t)p->byte, FFS_MAILBOX_PAGE}, read = {back, FFS_MAILBOX_PAGE},
+	struct iovec ours = {own, FFS_MAILBOX_PAGE}, read = {back, FFS_MAILBOX_PAGE},
 		     theirs = {(void *)(uintptr_t)at, FFS_MAILBOX_PAGE}; /* NOLINT: an address of the child */
-	ssize_t n = process_vm_writev(c->pid, &ours, 1, &theirs, 1, 0);
+	ssize_t n;
+
+	memcpy(own, p->byte, sizeof(own));
+	int got = ffs_restore_ack_page(r, c, p->offset, at, own, err);
+
+	if (got < 0)
+		return got;
+	n = process_vm_writev(c->pid, &ours, 1, &theirs, 1, 0);
 
 	if (n == FFS_MAILBOX_PAGE)
 		n = process_vm_readv(c->pid, &read, 1, &theirs, 1, 0);
 	if (n != FFS_MAILBOX_PAGE)
 		return ffs_error_errno(
 			err, n < 0 ? errno : EFAULT, "page 0x%" PRIx64 " cannot be written into the VM", p->offset);
-	if (memcmp(back, p->byte, sizeof(back)))
+	if (memcmp(back, own, sizeof(back)))
 		return ffs_error_set(
 			err, EIO, "page 0x%" PRIx64 " was written into the VM, and is not what was written", p->offset);
 	return 0;
@@ -141,7 +151,7 @@ int ffs_restore_fork_write(const struct ffs_restore *r, const struct ffs_child *
 
 		got = find_page(vma, n, &image, r->page[i].offset, &at, err);
 		if (!got)
-			got = put_page(c, &r->page[i], at, err);
+			got = put_page(r, c, &r->page[i], at, err);
 	}
 	if (!got && ffs_child_ended(c))
 		got = ffs_error_set(err, ECONNRESET, "process %d has ended", (int)c->pid);

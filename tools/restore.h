@@ -3,6 +3,7 @@
  *   restore-child.c      one process: its directory, its descriptors, its life
  *   restore-image.c      what its children map
  *   restore-fork.c       a fork's own pages, written into its children
+ *   restore-ack.c        what is handed over: the acknowledgements of a fork's mailboxes
  *   restore-conf.c       which program, with which options of the host (/etc/forkfs/vmm.d)
  *   restore-qemu*.c      kind qemu            restore-api.c   kind coop, and what VMMs with an HTTP API share
  *   restore-firecracker.c, restore-drives.c   kind firecracker
@@ -17,6 +18,7 @@
 #include <sys/types.h>
 
 #include "base/error.h"
+#include "mailbox/ack.h"
 #include "options.h"
 #include "tree.h"
 
@@ -75,6 +77,12 @@ struct ffs_restore {
 	int memory_fd; /* of the branch: read-only, shared by all children */
 	struct ffs_restore_page *page; /* what the fork target.fork has over its branch, n_pages of them; owned */
 	unsigned n_pages;
+	/* what of its mailboxes is to be acknowledged by each child, and where their frames are; n is 0: nothing */
+	struct ffs_ack_wait ack;
+	uint64_t ack_offset[FFS_MAILBOX_MAX];
+	bool ack_all, ack_none;  /* --ack: all of them, for ack_ms; --no-ack */
+	unsigned ack_ms;
+	const char *ack_address; /* --ack-address; NULL: not said */
 	uint64_t began_ns;
 	const struct ffs_restore_ops *ops;
 	void *plan; /* of the kind */
@@ -101,6 +109,27 @@ int ffs_restore_fork_read(struct ffs_restore *r, struct ffs_error *err);
  * the child. -ENOENT, -ENOTUNIQ, -EPERM: it has not mapped the branch's image once, privately, for writing. */
 int ffs_restore_fork_write(const struct ffs_restore *r, const struct ffs_child *c, struct ffs_error *err);
 
+/* ---- restore-ack.c: what is handed over between a child and its starter ---- */
+
+/* Which mailboxes of the fork are to be acknowledged, by its status, into r->ack. Main thread. */
+int ffs_restore_ack_read(struct ffs_restore *r, struct json_object *status, struct ffs_error *err);
+struct sockaddr_storage;
+/* An IP address to listen at: 0 or -EINVAL. */
+int ffs_restore_ack_address(const char *text, struct sockaddr_storage *out, unsigned *len);
+/* A page of the fork goes to this address of the child: where its payload is to be acknowledged, it names our port. */
+int ffs_restore_ack_page(const struct ffs_restore *r, const struct ffs_child *c, uint64_t offset, uint64_t at, void *page,
+	struct ffs_error *err);
+/* The hooks of a child, in their order; nothing where nothing is to be acknowledged. before: there is no process yet.
+ * resuming: it will run, time begins. after_resume: it runs; -ETIMEDOUT: it has not acknowledged, -ECONNRESET: it has
+ * ended. close: in any case, once. */
+int ffs_restore_hooks_before(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
+void ffs_restore_hooks_resuming(struct ffs_child *c);
+int ffs_restore_hooks_after_resume(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
+void ffs_restore_hooks_close(struct ffs_restore *r, struct ffs_child *c);
+/* For the child's line, while c->ack is there: the mailboxes, and what was ignored. */
+struct json_object *ffs_restore_ack_json(const struct ffs_child *c);
+struct json_object *ffs_restore_ack_ignored_json(const struct ffs_child *c);
+
 /* ---- restore-child.c: one VM ---- */
 
 /* Descriptors that a child inherits, by their number there. */
@@ -115,9 +144,10 @@ struct ffs_child {
 	int *watch;                 /* an inotify of the worker's, made when needed: closing one takes long */
 	int control;                /* our end of what the kind talks over; -1: none */
 	void *talk;                 /* of the kind, from load to let_go */
+	struct ffs_restore_ack *ack; /* of the hooks; NULL: nothing is to be acknowledged */
 	pid_t pid;
 	int pidfd;
-	uint64_t started_ns, loaded_ns, running_ns; /* since the command began */
+	uint64_t started_ns, loaded_ns, running_ns, acknowledged_ns; /* since the command began */
 	struct json_object *sockets;                /* {"qmp":PATH} and the like, for the user */
 	char attach_socket[160];                    /* what `attach` is given */
 	bool ready; /* under the command's lock: no signal ends it any more */

@@ -70,6 +70,11 @@ static bool parse_epoch(const char *s, size_t len, uint8_t out[16])
 	return true;
 }
 
+bool ffs_ack_parse_epoch(const char *text, uint8_t out[16])
+{
+	return parse_epoch(text, strlen(text), out);
+}
+
 struct fields {
 	struct ffs_ack *ack;
 	unsigned stages, names, epochs;

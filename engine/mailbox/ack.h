@@ -20,6 +20,8 @@ struct ffs_ack {
 	bool has_epoch;
 	uint8_t epoch[16];
 };
+/* 32 hexadecimal digits, with dashes where a UUID has them, or none. */
+bool ffs_ack_parse_epoch(const char *text, uint8_t out[16]);
 /* Fields KEY=VALUE in any order, between white space: stage and mailbox, once each, epoch at most once (32
  * hexadecimal digits, as a UUID's or without dashes); others are passed over. false: it is no such text. */
 bool ffs_ack_parse(const char *text, size_t len, struct ffs_ack *out);
