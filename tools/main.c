@@ -48,6 +48,9 @@ const struct ffs_command ffs_commands[] = {
 		"[--vmm BINARY] [--conf FILE] [--dir DIR] [--backend file|uffd [--no-prefetch]] [--drive ID=PATH]… "
 		"[--net IFACE=TAP]… [--ack MS | --no-ack] [--ack-address IP] [-- VMM ARGS…]",
 		"start VMs that go on where the branch was taken; a line of JSON for each", ffs_cmd_restore},
+	{"exec",
+		"(SANDBOX | --socket PATH) [-i] [-t] [--env NAME=VALUE]… [--cwd DIR] [--main] [--ready-timeout SECONDS] -- COMMAND ARGS…",
+		"run a command in a guest that has the agent; its exit code is ours", ffs_cmd_exec},
 	{"verify", "PATH…",
 		"read all of a branch, or of a store, and name the first byte that is not as written",
 		ffs_cmd_verify},
@@ -271,6 +274,8 @@ int main(int argc, char **argv)
 
 	if (!strcmp(base, "mount.fuse.forkfs") || !strcmp(base, "mount.forkfs"))
 		return ffs_mount_helper(argc, argv);
+	if (!strcmp(base, "forkfs-agent-link"))
+		return ffs_agent_link_main(argc, argv);
 
 	for (; i < argc && argv[i][0] == '-'; i++) {
 		if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {

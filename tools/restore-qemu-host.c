@@ -7,14 +7,36 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "agent/wire.h"
 #include "base/util.h"
 #include "restore-qemu-args.h"
 
 /* ---- consoles ---- */
 
+/* The port of the guest's agent: what goes over it is not to be kept. */
+static bool is_agent(const struct ffs_qemu_args *a, const char *id)
+{
+	size_t n = json_object_array_length(a->command_line);
+	char got[65];
+
+	for (size_t i = 1; i < n; i++) {
+		const char *value = json_object_get_string(json_object_array_get_idx(a->command_line, i));
+
+		if (value && ffs_qemu_get(value, "driver", "driver", got, sizeof(got)) && !strcmp(got, "virtserialport") &&
+			ffs_qemu_get(value, "driver", "name", got, sizeof(got)) && !strcmp(got, AGENT_PORT) &&
+			ffs_qemu_get(value, "driver", "chardev", got, sizeof(got)) && !strcmp(got, id))
+			return true;
+	}
+	return false;
+}
+
 static void add_console(struct ffs_qemu_args *a, const char *id, bool mux)
 {
 	ffs_argv_add(&a->out, "-chardev");
+	if (is_agent(a, id)) {
+		ffs_argv_addf(&a->out, "socket,id=%s,path=%s.sock,server=on,wait=off", id, id);
+		return;
+	}
 	ffs_argv_addf(&a->out, "socket,id=%s,path=%s.sock,server=on,wait=off,logfile=%s.log%s", id, id, id,
 		mux ? ",mux=on" : "");
 }

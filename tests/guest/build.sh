@@ -47,7 +47,24 @@ kernel_tree() {
 	echo "$cache/$package"
 }
 
+# A shell and its tools in one static program, for guests whose process 1 is the agent; unpacked, not installed.
+busybox_tree() {
+	local tree=$cache/busybox-static work
+	if [ ! -d "$tree" ]; then
+		work=$(mktemp -d "$cache/download.XXXXXX")
+		if ! (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download busybox-static >&2 && dpkg -x busybox-static_*.deb tree); then
+			rm -rf "$work"
+			echo "build.sh: cannot download the package busybox-static with apt-get" >&2
+			return 1
+		fi
+		mv "$work/tree" "$tree"
+		rm -rf "$work"
+	fi
+	echo "$tree"
+}
+
 tree=$(kernel_tree)
+busybox=$(busybox_tree)
 kernel=$(ls "$tree"/boot/vmlinuz-*)
 agent=$here/../../tools/agent
 stamp=$(cat "$here"/*.[ch] "$agent/mailbox.h" "$here/build.sh" "$tree"/boot/config-* | sha256sum | cut -c 1-16)
@@ -73,6 +90,16 @@ if [ ! -d "$out" ]; then
 		fi
 	done
 	(cd "$root" && find . | cpio --quiet -o -H newc >"$work/out/initrd")
+	# what an initrd of the agent has beside it: forkfs_test/agent.py packs it
+	mkdir -p "$work/out/agent"/{bin,modules}
+	cp "$busybox"/bin/busybox "$work/out/agent/bin/"
+	for name in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_console; do
+		module=$(find "$tree/lib/modules" -name "$name.ko*")
+		if [ -n "$module" ]; then
+			cp "$module" "$work/out/agent/modules/"
+			basename "$module" >>"$work/out/agent/modules/order"
+		fi
+	done
 	ln -s "$kernel" "$work/out/vmlinuz"
 	mv "$work/out" "$out"
 fi

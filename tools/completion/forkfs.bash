@@ -114,6 +114,7 @@ _forkfs() {
 		convert) options='--to --mount --help' ;;
 		inspect) options='--chunks --mount --help' ;;
 		restore) options='-n --attach --track --paused --accept-torn --trust --as-served --show --vmm --conf --dir --backend --no-prefetch --drive --net --ack --no-ack --ack-address --mount --help' ;;
+		exec) options='--stdin --tty --env --cwd --main --socket --ready-timeout --mount --help' ;;
 		pager) options='--children --owner --all --no-prefetch --limit --working-set --with-parent --mount --help' ;;
 		doctor) options='--json --help' ;;
 		esac
@@ -125,7 +126,7 @@ _forkfs() {
 	'') mapfile -t COMPREPLY < <(compgen -W "$commands" -- "$current") ;;
 	help) ((words == 0)) && mapfile -t COMPREPLY < <(compgen -W "$commands" -- "$current") ;;
 	mount | umount) ((words == 0)) && mapfile -t COMPREPLY < <(compgen -d -- "$current") ;;
-	detach | ls | branch) ((words == 0)) && _forkfs_sandboxes "$current" ;;
+	detach | ls | branch | exec) ((words == 0)) && _forkfs_sandboxes "$current" ;;
 	export | convert | inspect | pager)
 		if ((words == 0)); then
 			_forkfs_branches "$current"

@@ -25,6 +25,31 @@ def kit():
     return os.environ["FORKFS_GUEST_KIT"]
 
 
+def archive(files):
+    """An initramfs (cpio, newc) of [(name, mode, bytes)]."""
+    out = b""
+    for name, mode, data in [*files, ("TRAILER!!!", 0, b"")]:
+        fields = [0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0]
+        head = b"070701" + b"".join(b"%08X" % f for f in fields) + name.encode() + b"\0"
+        out += head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
+    return out
+
+
+def agent_initrd(case):
+    """An initrd whose process 1 is the agent, with a shell; made once a test."""
+    path, source = case.dir / "agent-initrd", pathlib.Path(kit()) / "agent"
+    if path.exists():
+        return path
+    agent = pathlib.Path(os.environ["FORKFS_BUILD"]) / "tools/forkfs-agent"
+    files = [(d, 0o40755, b"") for d in ("bin", "dev", "proc", "sys", "modules", "tmp", "etc")]
+    files += [(f"{p.relative_to(source)}", 0o100755, p.read_bytes()) for p in sorted(source.rglob("*")) if p.is_file()]
+    files += [(f"bin/{name}", 0o120777, b"busybox") for name in AGENT_TOOLS]
+    path.write_bytes(archive([*files, ("init", 0o100755, agent.read_bytes())]))
+    return path
+
+
+AGENT_TOOLS = ("sh", "cat", "echo", "true", "false", "sleep", "kill", "seq", "ps", "stty", "tty", "date", "ls", "md5sum", "head", "dd", "yes",
+               "tail", "wc", "grep", "id", "env", "pwd", "setsid", "ip", "ifconfig", "mkdir", "rm", "touch")
 NOBODY = 65534
 
 
@@ -47,14 +72,16 @@ class Guest:
     overlay   the disk's writes go to a temporary file: the image is opened for reading only
     rights    None (the test's own), "nobody" (started by a user without any) or "dropped" (by root, who becomes one: not dumpable)
     balloon   the guest gives memory back when it is asked to; on a q35
+    agent     its process 1 is the agent of the build under test, on a q35; `run` is then the main command, as words
     Two QMP sockets: `qmp_path` is left to forkfs; `qmp` is the test's own, which also counts events.
     """
 
     def __init__(self, case, name, run=("counter",), machine=None, mib=256, backend="memfd", smp=2, disk=None,
                  memory=None, stream=None, image=None, image_format="raw", overlay=False,
-                 rights=None, balloon=False):
+                 rights=None, balloon=False, agent=False, append=""):
         self.case, self.name, self.mib, self.smp = case, name, mib, smp
-        self.machine = machine or ("q35" if disk or balloon else "microvm")
+        self.machine = machine or ("q35" if disk or balloon or agent else "microvm")
+        self.agent, self.append = agent, append
         self.rights, self.balloon = rights, balloon
         self.run, self.disk_kind, self.image_format, self.overlay = list(run), disk, image_format, overlay
         self.dir = case.dir / f"vm-{name}"
@@ -106,6 +133,13 @@ class Guest:
                    "-qmp", f"unix:{self.dir}/tests,server=on,wait=off",
                    "-kernel", f"{kernel}/vmlinuz", "-initrd", f"{kernel}/initrd",
                    "-append", "console=ttyS0 quiet panic=-1 " + " ".join(f"run={r}" for r in self.run)]
+        if self.agent:
+            at = command.index("-initrd")
+            command[at + 1] = agent_initrd(self.case)
+            command[command.index("-append") + 1] = " ".join(
+                ["console=ttyS0 quiet panic=-1", self.append, *(["--", *self.run] if self.run else [])])
+            command += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,path={self.dir}/agent,server=on,wait=off",
+                        "-device", "virtserialport,chardev=agent,name=forkfs.agent"]
         if self.rights == "dropped":
             command += ["-runas", "nobody"]
         if self.balloon:
@@ -149,6 +183,9 @@ class Guest:
 
     def booted(self):
         """Wait until each of the guest's programs is at work; self."""
+        if self.agent:
+            self.console.wait("forkfs-agent: up", timeout=90)
+            return self
         for run in self.run:
             self.console.wait(AT_WORK[run.split(",")[0]], timeout=90)
         return self

@@ -1,0 +1,273 @@
+/* Finding a VM's agent, and talking to its link, which is started here when there is none (agent-link.h).
+ *
+ * Any thread; the lock is a file's, of the directory in which the sockets are, and is held while a link is looked for or
+ * started: connecting, binding and a spawn, none of which waits for anybody. */
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "agent-link.h"
+#include "base/cleanup.h"
+#include "base/util.h"
+#include "restore-qemu-args.h"
+
+#define COMMAND_LINE_MAX (1u << 20)
+
+int ffs_agent_lock(const char *socket, struct ffs_error *err)
+{
+	const char *slash = strrchr(socket, '/');
+	char dir[120];
+	int fd;
+
+	snprintf(dir, sizeof(dir), "%.*s", slash ? (int)(slash - socket) : 1, slash ? socket : ".");
+	fd = open(*dir ? dir : "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd < 0)
+		return ffs_error_errno(err, errno, "%s, where the agent's socket is", dir);
+	while (flock(fd, LOCK_EX) < 0)
+		if (errno != EINTR) {
+			int code = errno;
+
+			close(fd);
+			return ffs_error_errno(err, code, "%s cannot be locked", dir);
+		}
+	return fd;
+}
+
+static int name_of(const struct ffs_agent_link *l, struct sockaddr_un *a, struct ffs_error *err)
+{
+	*a = (struct sockaddr_un){.sun_family = AF_UNIX};
+	if ((size_t)snprintf(a->sun_path, sizeof(a->sun_path), "%s.link", l->socket) >= sizeof(a->sun_path))
+		return ffs_error_set(err, ENAMETOOLONG, "%.100s: a name that long leaves no room for the link's own", l->socket);
+	return 0;
+}
+
+static int try_connect(const struct sockaddr_un *a)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	if (fd >= 0 && connect(fd, (const struct sockaddr *)a, sizeof(*a)) < 0) {
+		int code = errno;
+
+		close(fd);
+		return -code;
+	}
+	return fd < 0 ? -errno : fd;
+}
+
+static int make_listener(const struct sockaddr_un *a, struct ffs_error *err)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), code;
+
+	/* a name that nobody answers at is of a link that was killed */
+	if (fd < 0 || (unlink(a->sun_path) < 0 && errno != ENOENT) || bind(fd, (const struct sockaddr *)a, sizeof(*a)) < 0 ||
+		chmod(a->sun_path, 0600) < 0 || listen(fd, 128) < 0) {
+		code = errno;
+		if (fd >= 0)
+			close(fd);
+		return ffs_error_errno(err, code, "%s, a socket for the commands in the guest", a->sun_path);
+	}
+	return fd;
+}
+
+/* The process lives as long as the VM, in a session of its own; all it has of ours is the listener, as descriptor 3. */
+static int start_link(const struct ffs_agent_link *l, int listener, struct ffs_error *err)
+{
+	char pid[16], ready[16];
+	char name[] = "forkfs-agent-link";
+	char *argv[] = {name, (char *)(uintptr_t)l->socket, pid, ready, (char *)(uintptr_t)(l->dir ? l->dir : ""), NULL};
+	posix_spawn_file_actions_t fa;
+	posix_spawnattr_t attr;
+	sigset_t none, all;
+	pid_t child;
+	int r;
+
+	snprintf(pid, sizeof(pid), "%d", (int)l->pid);
+	snprintf(ready, sizeof(ready), "%u", l->ready_s);
+	sigemptyset(&none);
+	sigfillset(&all);
+	posix_spawn_file_actions_init(&fa);
+	posix_spawnattr_init(&attr);
+	r = posix_spawnattr_setsigmask(&attr, &none);
+	if (!r)
+		r = posix_spawnattr_setsigdefault(&attr, &all);
+	if (!r)
+		r = posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
+	for (int fd = 0; !r && fd < 3; fd++)
+		r = posix_spawn_file_actions_addopen(&fa, fd, "/dev/null", O_RDWR, 0);
+	if (!r)
+		r = posix_spawn_file_actions_adddup2(&fa, listener, 3);
+	if (!r)
+		r = posix_spawn_file_actions_addclosefrom_np(&fa, 4);
+	if (!r)
+		r = posix_spawn(&child, "/proc/self/exe", &fa, &attr, argv, environ);
+	posix_spawnattr_destroy(&attr);
+	posix_spawn_file_actions_destroy(&fa);
+	return r ? ffs_error_errno(err, r, "the link to the guest's agent cannot be started") : 0;
+}
+
+int ffs_agent_dial(const struct ffs_agent_link *l, struct ffs_error *err)
+{
+	_cleanup_close_ int lock = -1, listener = -1;
+	struct sockaddr_un a;
+	int fd = name_of(l, &a, err);
+
+	if (fd < 0)
+		return fd;
+	lock = ffs_agent_lock(l->socket, err);
+	if (lock < 0)
+		return lock;
+	fd = try_connect(&a);
+	if (fd >= 0)
+		return fd;
+	if (fd != -ENOENT && fd != -ECONNREFUSED)
+		return ffs_error_errno(err, -fd, "%s", a.sun_path);
+	listener = make_listener(&a, err);
+	if (listener < 0)
+		return listener;
+	/* above 3, so that the spawn's dup2 clears the flag */
+	if (listener == 3) {
+		listener = fcntl(3, F_DUPFD_CLOEXEC, 4);
+		close(3);
+	}
+	fd = start_link(l, listener, err);
+	if (fd < 0)
+		return fd;
+	fd = try_connect(&a);
+	return fd >= 0 ? fd : ffs_error_errno(err, -fd, "%s", a.sun_path);
+}
+
+/* ---- frames over a connection ---- */
+
+int ffs_agent_send(int fd, uint8_t type, uint32_t stream, const void *payload, size_t len)
+{
+	uint8_t wire[AGENT_WIRE_MAX];
+	size_t n = agent_encode(type, stream, payload, len, wire), at = 0;
+
+	while (at < n) {
+		ssize_t w = send(fd, wire + at, n - at, MSG_NOSIGNAL);
+
+		if (w < 0 && errno == EINTR)
+			continue;
+		if (w <= 0)
+			return -errno;
+		at += (size_t)w;
+	}
+	return 0;
+}
+
+int ffs_agent_next(int fd, struct ffs_agent_input *in, struct agent_frame *out)
+{
+	for (;;) {
+		size_t used;
+		int r;
+
+		if (in->at == in->len) {
+			ssize_t n = read(fd, in->buf, sizeof(in->buf));
+
+			if (n < 0)
+				return -errno;
+			if (n == 0)
+				return 0;
+			in->at = 0;
+			in->len = (size_t)n;
+		}
+		r = agent_decode(&in->dec, in->buf + in->at, in->len - in->at, &used, out);
+		in->at += used;
+		if (r == 1)
+			return 1;
+	}
+}
+
+int ffs_agent_wait(int fd, char **json, struct ffs_error *err)
+{
+	_cleanup_free_ struct ffs_agent_input *in = calloc(1, sizeof(*in));
+	struct agent_frame f;
+	int r = in ? ffs_agent_send(fd, AGENT_STATUS, 0, NULL, 0) : -ENOMEM;
+
+	while (r >= 0) {
+		r = ffs_agent_next(fd, in, &f);
+		if (r == 1 && f.type == AGENT_ERROR)
+			return ffs_error_set(err, EIO, "%.*s", (int)(f.len > 400 ? 400 : f.len), (const char *)f.payload);
+		if (r == 1 && f.type == AGENT_STATUS) {
+			if (json && !(*json = strndup((const char *)f.payload, f.len)))
+				return ffs_error_set(err, ENOMEM, "no memory for an answer");
+			return 0;
+		}
+		if (r == 0)
+			r = -ECONNRESET;
+	}
+	return ffs_error_errno(err, -r, "the link to the guest's agent");
+}
+
+/* ---- where a QEMU has it ---- */
+
+/* The value of the chardev `id`, or of the option `name` in which `key` is `value`. NULL: there is none. */
+static const char *option_with(char *const *word, unsigned n, const char *name, const char *key, const char *value)
+{
+	char got[512];
+
+	for (unsigned i = 0; i + 1 < n; i++) {
+		const char *w = word[i];
+
+		if (w[0] == '-' && !strcmp(w + 1 + (w[1] == '-'), name) &&
+			ffs_qemu_get(word[i + 1], NULL, key, got, sizeof(got)) && !strcmp(got, value))
+			return word[i + 1];
+	}
+	return NULL;
+}
+
+static int socket_of(char *const *word, unsigned n, pid_t pid, char **out, struct ffs_error *err)
+{
+	const char *port = option_with(word, n, "device", "name", AGENT_PORT), *chardev;
+	char id[65], path[512], cwd[300], link[40];
+	ssize_t len;
+
+	if (!port || !ffs_qemu_get(port, NULL, "chardev", id, sizeof(id)))
+		return ffs_error_set(err, ENOENT,
+			"the VM has no port for an agent (-device virtserialport,name=" AGENT_PORT ",chardev=…); --socket names one");
+	chardev = option_with(word, n, "chardev", "id", id);
+	if (!chardev || !ffs_qemu_get(chardev, NULL, "path", path, sizeof(path)))
+		return ffs_error_set(err, ENOENT, "the agent's chardev %.40s is no socket with a path", id);
+	if (path[0] == '/') {
+		*out = strdup(path);
+		return *out ? 0 : ffs_error_set(err, ENOMEM, "no memory for a path");
+	}
+	snprintf(link, sizeof(link), "/proc/%d/cwd", (int)pid);
+	len = readlink(link, cwd, sizeof(cwd) - 1);
+	if (len < 0)
+		return ffs_error_errno(err, errno, "%s", link);
+	cwd[len] = 0;
+	return asprintf(out, "%s/%s", cwd, path) < 0 ? ffs_error_set(err, ENOMEM, "no memory for a path") : 0;
+}
+
+int ffs_agent_find(pid_t pid, char **out, struct ffs_error *err)
+{
+	_cleanup_free_ char *text = NULL;
+	_cleanup_free_ char **word = NULL;
+	char path[40];
+	size_t len = 0;
+	unsigned n = 0, count = 0;
+	int r;
+
+	snprintf(path, sizeof(path), "/proc/%d/cmdline", (int)pid);
+	r = ffs_read_file(path, COMMAND_LINE_MAX, &text, &len);
+	if (r < 0)
+		return ffs_error_errno(err, -r, "the command line of process %d", (int)pid);
+	for (size_t i = 0; i < len; i++)
+		count += !text[i];
+	word = calloc(count + 1, sizeof(*word));
+	if (!word)
+		return ffs_error_set(err, ENOMEM, "no memory for a command line");
+	for (size_t at = 0; at < len && n < count; at += strlen(text + at) + 1)
+		word[n++] = text + at;
+	return socket_of(word, n, pid, out, err);
+}

@@ -1,0 +1,531 @@
+/* The link process of one VM (agent-link.h).
+ *
+ * Owns the connection to the agent and those of its clients. One thread; it waits in poll(2) only, and what the guest says
+ * is believed in nothing: a stream's frames go to the client whose stream it is, or nowhere, and a client for whom more
+ * comes than it has asked for is let go. It ends with the VM: by the end of the process (pidfd) or of the connection. */
+#include "agent-link.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <json-c/json.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include "agent-handshake.h"
+#include "base/cleanup.h"
+#include "base/util.h"
+#include "vmm/dial.h"
+
+#define CLIENTS 64u
+#define ATTEMPT_NS 500000000ull /* HELLO is said again after that */
+#define AGENT_MANY (256u << 10) /* towards the guest: clients are not read beyond */
+#define CLIENT_MANY (1u << 20)  /* towards a client: no guest that keeps to the windows gets there */
+
+struct pipe_out {
+	uint8_t *p;
+	size_t at, len, room;
+};
+
+struct client {
+	int fd; /* -1: free */
+	uint16_t group;
+	bool ending; /* gets what is left, and no more */
+	struct agent_decoder dec;
+	struct pipe_out out;
+};
+
+struct link {
+	const struct ffs_agent_link *l;
+	int agent, pidfd, listener;
+	struct ffs_proc_id vm;
+	bool over;
+	struct ffs_handshake hs;
+	struct ffs_health health;
+	struct agent_hello hello;
+	uint8_t kind;
+	struct agent_ack ack;
+	uint64_t hello_due_ns;
+	struct agent_decoder dec;
+	struct pipe_out out;
+	struct client client[CLIENTS];
+	uint16_t last_group;
+};
+
+/* ---- buffers ---- */
+
+static int append(struct pipe_out *o, uint8_t type, uint32_t stream, const void *payload, size_t len)
+{
+	if (o->at == o->len)
+		o->at = o->len = 0;
+	if (o->len + AGENT_WIRE_MAX > o->room) {
+		size_t room = 2 * (o->len + AGENT_WIRE_MAX);
+		uint8_t *more = realloc(o->p, room);
+
+		if (!more)
+			return -ENOMEM;
+		o->p = more;
+		o->room = room;
+	}
+	o->len += agent_encode(type, stream, payload, len, o->p + o->len);
+	return 0;
+}
+
+/* -errno: it is gone. */
+static int flush(int fd, struct pipe_out *o)
+{
+	while (o->at < o->len) {
+		ssize_t n = send(fd, o->p + o->at, o->len - o->at, MSG_NOSIGNAL | MSG_DONTWAIT);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return errno == EAGAIN ? 0 : -errno;
+		o->at += (size_t)n;
+	}
+	return 0;
+}
+
+/* ---- what the guest is told ---- */
+
+static void to_agent(struct link *k, uint8_t type, uint32_t stream, const void *payload, size_t len)
+{
+	if (append(&k->out, type, stream, payload, len) < 0)
+		ffs_handshake_fail(&k->hs, ENOMEM, "no memory for what the guest is to be told", NULL);
+}
+
+static void say_hello(struct link *k, uint64_t now)
+{
+	uint8_t payload[256];
+
+	k->hello.wall_ns = ffs_wall_ns();
+	to_agent(k, AGENT_HELLO, 0, payload, agent_hello_make(&k->hello, payload));
+	k->hello_due_ns = now + ATTEMPT_NS;
+}
+
+/* The same for the whole life of a VMM process and for no other: so every restored guest sees another one. */
+static int make_epoch(struct link *k)
+{
+	_cleanup_free_ char *boot = NULL;
+	char text[128];
+	size_t len = 0;
+	XXH128_hash_t h;
+	XXH128_canonical_t bytes;
+
+	if (ffs_read_file("/proc/sys/kernel/random/boot_id", 64, &boot, &len) < 0)
+		return -ENOENT;
+	snprintf(text, sizeof(text), "%.40s %d %llu", boot, (int)k->vm.pid, (unsigned long long)k->vm.start);
+	h = XXH3_128bits(text, strlen(text));
+	XXH128_canonicalFromHash(&bytes, h);
+	memcpy(k->hello.epoch, bytes.digest, 16);
+	/* a UUID of version 8: one that means what its maker says */
+	k->hello.epoch[6] = (uint8_t)((k->hello.epoch[6] & 0x0f) | 0x80);
+	k->hello.epoch[8] = (uint8_t)((k->hello.epoch[8] & 0x3f) | 0x80);
+	return 0;
+}
+
+/* ---- what is known of it, as JSON ---- */
+
+static struct json_object *timing(const struct link *k)
+{
+	static const char *const kinds[] = {"same", "first", "restored"};
+	struct json_object *o = json_object_new_object(), *phases = json_object_new_object(), *guest = json_object_new_object();
+	const uint8_t *e = k->hello.epoch;
+	uint64_t from = k->hs.began_ns;
+	char uuid[37];
+
+	snprintf(uuid, sizeof(uuid), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", e[0], e[1], e[2],
+		e[3], e[4], e[5], e[6], e[7], e[8], e[9], e[10], e[11], e[12], e[13], e[14], e[15]);
+	json_object_object_add(o, "epoch", json_object_new_string(uuid));
+	json_object_object_add(o, "pid", json_object_new_int((int)k->vm.pid));
+	json_object_object_add(o, "guest_was", json_object_new_string(kinds[k->kind < 3 ? k->kind : 0]));
+	json_object_object_add(o, "healthy", json_object_new_boolean(k->health.healthy));
+	for (unsigned i = 0; i < k->hs.next && i < FFS_EDGES; i++) {
+		json_object_object_add(phases, ffs_edge_name(i), json_object_new_uint64(k->hs.at_ns[i] - from));
+		from = k->hs.at_ns[i];
+	}
+	json_object_object_add(o, "phases_ns", phases);
+	json_object_object_add(o, "total_ns", json_object_new_uint64(from - k->hs.began_ns));
+	json_object_object_add(guest, "rebind", json_object_new_uint64(k->ack.rebind_ns));
+	json_object_object_add(guest, "clock", json_object_new_uint64(k->ack.clock_ns));
+	json_object_object_add(guest, "entropy", json_object_new_uint64(k->ack.entropy_ns));
+	json_object_object_add(guest, "network", json_object_new_uint64(k->ack.network_ns));
+	json_object_object_add(o, "guest_ns", guest);
+	json_object_object_add(o, "error", k->hs.failed ? json_object_new_string(k->hs.why.text) : NULL);
+	return o;
+}
+
+static const char *text_of(struct json_object *o)
+{
+	return json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
+}
+
+/* Whole or not there; that it cannot be written ends nothing. */
+static void write_timing(const struct link *k)
+{
+	_cleanup_close_ int dir = k->l->dir ? open(k->l->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1, fd = -1;
+	struct json_object *o;
+
+	if (dir < 0)
+		return;
+	fd = openat(dir, "timing.json.new", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+	o = timing(k);
+	if (fd >= 0 && ffs_write_full(fd, text_of(o), strlen(text_of(o))) >= 0 && ffs_write_full(fd, "\n", 1) >= 0 &&
+		renameat(dir, "timing.json.new", dir, "timing.json") < 0)
+		unlinkat(dir, "timing.json.new", 0);
+	json_object_put(o);
+}
+
+/* ---- clients ---- */
+
+static void drop(struct link *k, struct client *c)
+{
+	if (!k->over && k->hs.next == FFS_EDGES)
+		to_agent(k, AGENT_HANGUP, (uint32_t)c->group << 16, NULL, 0);
+	ffs_close_fd(&c->fd);
+	free(c->out.p);
+	c->out = (struct pipe_out){0};
+}
+
+static void to_client(struct link *k, struct client *c, uint8_t type, uint32_t stream, const void *payload, size_t len)
+{
+	if (c->ending)
+		return;
+	if (c->out.len - c->out.at > CLIENT_MANY || append(&c->out, type, stream, payload, len) < 0 || flush(c->fd, &c->out) < 0)
+		drop(k, c);
+}
+
+static void end_client(struct link *k, struct client *c, const char *why)
+{
+	to_client(k, c, AGENT_ERROR, 0, why, strlen(why));
+	c->ending = true;
+	if (c->fd >= 0 && c->out.at == c->out.len)
+		drop(k, c);
+}
+
+static struct client *client_of(struct link *k, uint16_t group)
+{
+	for (unsigned i = 0; i < CLIENTS; i++)
+		if (k->client[i].fd >= 0 && k->client[i].group == group)
+			return &k->client[i];
+	return NULL;
+}
+
+static void take_client(struct link *k)
+{
+	struct client *c = NULL;
+	int fd;
+
+	for (unsigned i = 0; i < CLIENTS && !c; i++)
+		if (k->client[i].fd < 0)
+			c = &k->client[i];
+	fd = c ? accept4(k->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK) : -1;
+	if (fd < 0)
+		return;
+	do
+		k->last_group++; /* of those that went lately something may still be under way */
+	while (!k->last_group || client_of(k, k->last_group));
+	*c = (struct client){.fd = fd, .group = k->last_group};
+}
+
+static void from_client(struct link *k, struct client *c, const struct agent_frame *f)
+{
+	struct json_object *o;
+
+	switch (f->type) {
+	case AGENT_STATUS:
+		o = timing(k);
+		to_client(k, c, AGENT_STATUS, 0, text_of(o), strlen(text_of(o)));
+		json_object_put(o);
+		return;
+	case AGENT_EXEC:
+	case AGENT_MAIN:
+	case AGENT_STDIN:
+	case AGENT_STDIN_END:
+	case AGENT_SIGNAL:
+	case AGENT_RESIZE:
+	case AGENT_WINDOW_MORE:
+		if (f->stream && f->stream <= 0xffff)
+			to_agent(k, f->type, (uint32_t)c->group << 16 | f->stream, f->payload, f->len);
+		return;
+	default:
+		end_client(k, c, "that is nothing a client may say");
+	}
+}
+
+/* Only when the guest is healthy: what a client says before waits in its socket. */
+static void read_client(struct link *k, struct client *c)
+{
+	uint8_t in[16384];
+	ssize_t n = recv(c->fd, in, sizeof(in), MSG_DONTWAIT);
+
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (n <= 0) {
+		drop(k, c);
+		return;
+	}
+	for (size_t at = 0, used; at < (size_t)n && c->fd >= 0 && !c->ending; at += used) {
+		struct agent_frame f;
+
+		if (agent_decode(&c->dec, in + at, (size_t)n - at, &used, &f) == 1)
+			from_client(k, c, &f);
+	}
+}
+
+/* ---- what the guest says ---- */
+
+static void edge(struct link *k, enum ffs_edge e, uint64_t now)
+{
+	if (ffs_handshake_edge(&k->hs, e, now, NULL) == 0 && e == FFS_EDGE_OUTPUT) {
+		to_agent(k, AGENT_ACCEPT, 0, k->hello.nonce, 16);
+		ffs_health_begin(&k->health, now);
+	}
+}
+
+static bool is_ours(const struct link *k, const struct agent_frame *f)
+{
+	return f->stream == 0 && f->len >= 16 && !memcmp(f->payload, k->hello.nonce, 16);
+}
+
+static void from_agent_itself(struct link *k, const struct agent_frame *f, uint64_t now)
+{
+	char text[200];
+
+	if (f->type == AGENT_PONG && k->hs.next >= FFS_EDGE_HEALTHY && k->health.waiting) {
+		ffs_health_answer(&k->health, now);
+		if (k->hs.next == FFS_EDGE_HEALTHY) {
+			edge(k, FFS_EDGE_HEALTHY, now);
+			write_timing(k);
+		}
+	} else if (f->type == AGENT_ERROR && k->hs.next < FFS_EDGES) {
+		snprintf(text, sizeof(text), "the guest's agent says: %.*s", (int)(f->len > 150 ? 150 : f->len),
+			(const char *)f->payload);
+		ffs_handshake_fail(&k->hs, EPROTO, text, NULL);
+	} else if (is_ours(k, f)) {
+		if (f->type == AGENT_BEGIN && f->len >= 33) {
+			k->kind = f->payload[32];
+			edge(k, FFS_EDGE_BEGUN, now);
+		} else if (f->type == AGENT_REBOUND) {
+			edge(k, FFS_EDGE_REBOUND, now);
+		} else if (f->type == AGENT_ACK && agent_ack_parse(f, &k->ack)) {
+			edge(k, FFS_EDGE_ACKNOWLEDGED, now);
+		} else if (f->type == AGENT_OUTPUT) {
+			edge(k, FFS_EDGE_OUTPUT, now);
+		}
+	}
+}
+
+static void from_agent(struct link *k, const struct agent_frame *f, uint64_t now)
+{
+	struct client *c;
+
+	if (!(f->stream >> 16)) {
+		from_agent_itself(k, f, now);
+		return;
+	}
+	if (k->hs.next != FFS_EDGES)
+		return; /* of a session of the past */
+	c = client_of(k, (uint16_t)(f->stream >> 16));
+	if (c && ((f->type >= AGENT_STARTED && f->type <= AGENT_EXIT) || f->type == AGENT_WINDOW_MORE))
+		to_client(k, c, f->type, f->stream & 0xffff, f->payload, f->len);
+}
+
+static void read_agent(struct link *k)
+{
+	uint8_t in[16384];
+	ssize_t n = recv(k->agent, in, sizeof(in), MSG_DONTWAIT);
+
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (n <= 0) {
+		k->over = true;
+		return;
+	}
+	for (size_t at = 0, used; at < (size_t)n && !k->hs.failed; at += used) {
+		struct agent_frame f;
+
+		if (agent_decode(&k->dec, in + at, (size_t)n - at, &used, &f) == 1)
+			from_agent(k, &f, ffs_now_ns());
+	}
+}
+
+/* ---- the loop ---- */
+
+/* What is due; when the next thing will be. */
+static uint64_t do_what_is_due(struct link *k, uint64_t now)
+{
+	uint64_t due;
+
+	if (k->hs.failed || ffs_handshake_check(&k->hs, now, NULL) < 0)
+		return UINT64_MAX;
+	due = ffs_handshake_deadline(&k->hs);
+	if (k->hs.next == FFS_EDGE_BEGUN) {
+		if (now >= k->hello_due_ns)
+			say_hello(k, now);
+		if (k->hello_due_ns < due)
+			due = k->hello_due_ns;
+	}
+	if (k->hs.next >= FFS_EDGE_HEALTHY) {
+		if (ffs_health_ask(&k->health, now))
+			to_agent(k, AGENT_PING, 0, "health", 6);
+		if (k->health.due_ns < due)
+			due = k->health.due_ns;
+	}
+	return due;
+}
+
+static void wait_and_serve(struct link *k, uint64_t due)
+{
+	struct pollfd p[3 + CLIENTS];
+	bool serve = k->hs.next == FFS_EDGES && k->out.len - k->out.at < AGENT_MANY;
+
+	p[0] = (struct pollfd){.fd = k->hs.failed ? -1 : k->agent, .events = POLLIN | (k->out.at < k->out.len ? POLLOUT : 0)};
+	p[1] = (struct pollfd){.fd = k->pidfd, .events = POLLIN};
+	p[2] = (struct pollfd){.fd = k->listener, .events = POLLIN};
+	for (unsigned i = 0; i < CLIENTS; i++) {
+		struct client *c = &k->client[i];
+
+		p[3 + i] = (struct pollfd){.fd = c->fd, .events = (short)((serve && !c->ending ? POLLIN : 0) |
+									 (c->out.at < c->out.len ? POLLOUT : 0))};
+	}
+	if (poll(p, 3 + CLIENTS, due == UINT64_MAX ? -1 : ffs_ms_until(due)) < 0)
+		return;
+	if (p[1].revents)
+		k->over = true;
+	if (p[0].revents & (POLLIN | POLLHUP | POLLERR))
+		read_agent(k);
+	if (p[2].revents)
+		take_client(k);
+	for (unsigned i = 0; i < CLIENTS; i++) {
+		struct client *c = &k->client[i];
+
+		if (p[3 + i].fd < 0 || c->fd != p[3 + i].fd)
+			continue;
+		if (p[3 + i].revents & POLLOUT && (flush(c->fd, &c->out) < 0 || (c->ending && c->out.at == c->out.len)))
+			drop(k, c);
+		if (c->fd >= 0 && p[3 + i].revents & POLLIN)
+			read_client(k, c);
+		else if (c->fd >= 0 && p[3 + i].revents & (POLLHUP | POLLERR))
+			drop(k, c);
+	}
+	if (!k->hs.failed && flush(k->agent, &k->out) < 0)
+		k->over = true;
+}
+
+/* ---- its beginning and end ---- */
+
+/* Who listens there is the VM: its end ends the wait for it. */
+static int connect_agent(struct link *k, struct ffs_error *err)
+{
+	struct ucred peer = {0};
+	socklen_t len = sizeof(peer);
+	int r = ffs_dial_path(k->l->socket, k->hs.began_ns + k->hs.ready_ns, &k->agent);
+
+	if (r < 0)
+		return ffs_error_errno(err, -r, "%s, the socket of the guest's agent", k->l->socket);
+	if (getsockopt(k->agent, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.pid <= 0)
+		return ffs_error_set(err, ESRCH, "%s: who listens there can't be seen", k->l->socket);
+	if (k->l->pid && peer.pid != k->l->pid)
+		return ffs_error_set(err, EPERM, "%s belongs to process %d and not to the VM, which is %d", k->l->socket,
+			(int)peer.pid, (int)k->l->pid);
+	k->vm.pid = peer.pid;
+	k->pidfd = (int)syscall(SYS_pidfd_open, peer.pid, 0);
+	if (k->pidfd < 0 || ffs_proc_stat(peer.pid, NULL, &k->vm.start) < 0 || make_epoch(k) < 0)
+		return ffs_error_set(err, ESRCH, "the VM has ended");
+	return 0;
+}
+
+/* Whoever comes from now on starts another link. Under the lock under which that is done; and we still listen, so no other
+ * can have taken the name. */
+static void remove_name(const struct ffs_agent_link *l)
+{
+	_cleanup_close_ int lock = ffs_agent_lock(l->socket, NULL);
+	char path[120];
+
+	snprintf(path, sizeof(path), "%.107s.link", l->socket);
+	if (lock >= 0)
+		unlink(path);
+}
+
+/* Everybody gets the reason, also who was not let in yet, and what was still on its way; who does not take it is not
+ * waited for long. */
+static void say_goodbye(struct link *k)
+{
+	uint64_t deadline = ffs_now_ns() + 5 * FFS_NS_PER_S;
+	const char *why = k->hs.failed ? k->hs.why.text : "the VM has ended";
+	bool left = true;
+
+	k->over = true;
+	remove_name(k->l);
+	for (unsigned before = 0, now = 1; before != now; before = now) {
+		now = 0;
+		take_client(k);
+		for (unsigned i = 0; i < CLIENTS; i++) {
+			if (k->client[i].fd >= 0)
+				end_client(k, &k->client[i], why);
+			now += k->client[i].fd >= 0;
+		}
+	}
+	while (left && ffs_now_ns() < deadline) {
+		struct pollfd p[CLIENTS];
+
+		left = false;
+		for (unsigned i = 0; i < CLIENTS; i++) {
+			struct client *c = &k->client[i];
+
+			if (c->fd >= 0 && (flush(c->fd, &c->out) < 0 || c->out.at == c->out.len))
+				drop(k, c);
+			p[i] = (struct pollfd){.fd = c->fd, .events = POLLOUT};
+			left |= c->fd >= 0;
+		}
+		if (left && poll(p, CLIENTS, ffs_ms_until(deadline)) < 0)
+			return;
+	}
+}
+
+int ffs_agent_link_run(const struct ffs_agent_link *l, int listener)
+{
+	static struct link k;
+	struct ffs_error err = {0};
+
+	k = (struct link){.l = l, .agent = -1, .pidfd = -1, .listener = listener};
+	for (unsigned i = 0; i < CLIENTS; i++)
+		k.client[i].fd = -1;
+	signal(SIGPIPE, SIG_IGN);
+	ffs_handshake_begin(&k.hs, ffs_now_ns(), l->ready_s * FFS_NS_PER_S);
+	if (getrandom(k.hello.nonce, 16, 0) != 16 || getrandom(k.hello.entropy, 32, 0) != 32)
+		ffs_handshake_fail(&k.hs, EIO, "no random numbers", NULL);
+	else if (connect_agent(&k, &err) < 0)
+		ffs_handshake_fail(&k.hs, err.code, err.text, NULL);
+	else
+		edge(&k, FFS_EDGE_CONNECTED, ffs_now_ns());
+	if (!k.hs.failed) {
+		/* a zero first: what somebody else left half said ends there */
+		append(&k.out, AGENT_HELLO, 0, "", 0);
+		k.out.len = 1;
+		k.out.p[0] = 0;
+	}
+	while (!k.over) {
+		uint64_t due = do_what_is_due(&k, ffs_now_ns());
+
+		if (k.hs.failed)
+			break;
+		if (flush(k.agent, &k.out) < 0)
+			break;
+		wait_and_serve(&k, due);
+	}
+	if (!k.hs.failed && k.hs.next < FFS_EDGES)
+		ffs_handshake_fail(&k.hs, ECONNRESET, "the VM ended before its agent was ready", NULL);
+	if (k.hs.next < FFS_EDGES)
+		write_timing(&k);
+	say_goodbye(&k);
+	return 0;
+}

@@ -1,0 +1,93 @@
+/* The agent's own parts. One thread and one loop: whatever is started, ends or is said is an event of it, so that the list
+ * of processes needs no lock and no child can end between its start and its entry in the list.
+ *
+ * Nothing in the loop waits but epoll_wait. */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "wire.h"
+
+/* ---- main.c: the loop ---- */
+
+struct watch {
+	int fd; /* -1: none */
+	bool armed;
+	void (*ready)(struct watch *w, uint32_t events);
+};
+/* One event is taken at a time, so a handler may end any watch, its own too. */
+void watch_arm(struct watch *w, uint32_t events);
+void watch_disarm(struct watch *w);
+/* And closes the descriptor. */
+void watch_close(struct watch *w);
+
+/* A line on stderr: the console of a process 1. */
+void say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+struct options {
+	const char *unix_path, *exit_file;
+	bool halt;      /* power off when the main command has ended */
+	bool is_init;   /* process 1 of a guest */
+	bool vsock;
+};
+extern struct options options;
+
+/* ---- boot.c: process 1 ---- */
+
+/* File systems, modules of /modules/order, the console; the kernel's command line into `options`. */
+void boot(void);
+void power_off(void) __attribute__((noreturn));
+
+/* ---- channel.c: where a host comes in ---- */
+
+struct conn {
+	struct watch w;
+	const char *kind;
+	bool port;    /* a virtio-serial port: stays when the host goes */
+	bool gone;    /* to be freed when its handler is through */
+	bool session; /* a HELLO came: nonce is its */
+	uint8_t nonce[16];
+	struct agent_decoder dec;
+	uint8_t *out;
+	size_t out_at, out_len, out_room;
+	struct conn *next;
+};
+
+/* Open what there is, and listen for what comes later. */
+void channels_start(void);
+/* After a restore: listeners are made anew and connections other than `keep` end, which are of another life. */
+void channels_rebind(const struct conn *keep);
+
+/* ---- conn.c: a connection ---- */
+
+void conn_add(int fd, const char *kind, bool port);
+void conn_send(struct conn *c, uint8_t type, uint32_t stream, const void *payload, size_t len);
+/* So much is waiting that nothing that can wait should be added. */
+bool conn_full(const struct conn *c);
+void conn_close_others(const struct conn *keep);
+
+/* ---- session.c: HELLO and what follows ---- */
+
+void session_hello(struct conn *c, const struct agent_frame *f);
+
+/* ---- process.c: commands ---- */
+
+void process_exec(struct conn *c, const struct agent_frame *f);
+/* STDIN, STDIN_END, SIGNAL, RESIZE, WINDOW_MORE. */
+void process_frame(struct conn *c, const struct agent_frame *f);
+/* All commands of a connection (any group), or of one group of it, lose it and get SIGHUP. */
+void process_hangup(const struct conn *c, bool any, uint32_t group);
+/* The connection has room again. */
+void process_resume(const struct conn *c);
+/* False: that is no process of ours. The reaper has its status. */
+bool process_ended(pid_t pid, int status);
+/* The main command: once in the life of the guest. argv of the agent's own command line, or a request. */
+void process_main(struct conn *c, const struct agent_frame *f);
+void process_main_argv(char **argv);
+
+/* ---- reaper.c ---- */
+
+void reaper_start(void);

@@ -1,0 +1,95 @@
+/* The first moments of a guest whose process 1 is the agent, and its last. */
+#include "agent.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* A place that is a mount already stays as it is. */
+static void mount_on(const char *type, const char *where, unsigned long flags, const char *data)
+{
+	if (mkdir(where, 0755) < 0 && errno != EEXIST)
+		say("forkfs-agent: %s: %s", where, strerror(errno));
+	if (mount(type, where, type, flags, data) < 0 && errno != EBUSY)
+		say("forkfs-agent: %s on %s: %s", type, where, strerror(errno));
+}
+
+/* /modules/order names one module a line, a module after those it needs. One that is built in is refused with EEXIST. */
+static void load_modules(void)
+{
+	FILE *order = fopen("/modules/order", "re");
+	char name[128], path[160];
+
+	while (order && fscanf(order, "%127s", name) == 1) {
+		snprintf(path, sizeof(path), "/modules/%s", name);
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+		if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST))
+			say("forkfs-agent: module %s: %s", name, strerror(errno));
+		if (fd >= 0)
+			close(fd);
+	}
+	if (order)
+		fclose(order);
+}
+
+/* forkfs.halt forkfs.exit_file=PATH forkfs.no_vsock: a name with a dot is not handed to process 1 by the kernel. */
+static void read_command_line(void)
+{
+	static char text[4096];
+	int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	char *save = NULL;
+
+	if (fd >= 0)
+		close(fd);
+	if (n <= 0)
+		return;
+	for (char *word = strtok_r(text, " \n", &save); word; word = strtok_r(NULL, " \n", &save)) {
+		if (!strcmp(word, "forkfs.halt"))
+			options.halt = true;
+		else if (!strcmp(word, "forkfs.no_vsock"))
+			options.vsock = false;
+		else if (!strncmp(word, "forkfs.exit_file=", 17))
+			options.exit_file = word + 17;
+	}
+}
+
+void boot(void)
+{
+	mount_on("devtmpfs", "/dev", MS_NOSUID, "mode=0755");
+	mount_on("proc", "/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
+	mount_on("sysfs", "/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
+	mount_on("devpts", "/dev/pts", MS_NOSUID | MS_NOEXEC, "mode=0620,ptmxmode=0666");
+	mount_on("tmpfs", "/run", MS_NOSUID | MS_NODEV, "mode=0755");
+	int console = open("/dev/console", O_RDWR | O_NOCTTY);
+
+	if (console >= 0)
+		for (int fd = 0; fd < 3; fd++)
+			dup2(console, fd);
+	if (console > 2)
+		close(console);
+	if (setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 0) < 0 ||
+		setenv("HOME", "/", 0) < 0)
+		say("forkfs-agent: %s", strerror(errno));
+	load_modules();
+	read_command_line();
+}
+
+void power_off(void)
+{
+	sync();
+	reboot(RB_POWER_OFF);
+	/* without ACPI a machine cannot be switched off: its end is that of a reboot, with -no-reboot */
+	reboot(RB_AUTOBOOT);
+	say("forkfs-agent: this machine does not stop: %s", strerror(errno));
+	for (;;)
+		pause();
+}

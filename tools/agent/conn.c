@@ -1,0 +1,192 @@
+/* One connection to a host: bytes in, frames to whom they concern, frames out.
+ *
+ * Edge-triggered: a virtio-serial port without a host always reports a hang-up, and would keep the loop busy. So whatever
+ * happened, all is read that can be and all is written. */
+#include "agent.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#define MANY (256u << 10)
+
+static struct conn *all;
+
+static void end_session(struct conn *c)
+{
+	process_hangup(c, true, 0);
+	c->session = false;
+	c->out_at = c->out_len = 0;
+}
+
+static void close_conn(struct conn *c)
+{
+	end_session(c);
+	watch_close(&c->w);
+	c->gone = true;
+}
+
+static void free_gone(void)
+{
+	for (struct conn **p = &all; *p;) {
+		struct conn *c = *p;
+
+		if (!c->gone) {
+			p = &c->next;
+			continue;
+		}
+		*p = c->next;
+		free(c->out);
+		free(c);
+	}
+}
+
+bool conn_full(const struct conn *c)
+{
+	return c->out_len - c->out_at > MANY;
+}
+
+static void flush(struct conn *c)
+{
+	bool was_full = conn_full(c);
+
+	while (c->w.fd >= 0 && c->out_at < c->out_len) {
+		ssize_t n = write(c->w.fd, c->out + c->out_at, c->out_len - c->out_at);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			break; /* there will be room, or a hang-up */
+		c->out_at += (size_t)n;
+	}
+	if (c->out_at == c->out_len)
+		c->out_at = c->out_len = 0;
+	if (was_full && !conn_full(c))
+		process_resume(c);
+}
+
+static void append(struct conn *c, const uint8_t *data, size_t len)
+{
+	if (c->out_at > MANY || c->out_len + len > c->out_room) {
+		memmove(c->out, c->out + c->out_at, c->out_len - c->out_at);
+		c->out_len -= c->out_at;
+		c->out_at = 0;
+	}
+	if (c->out_len + len > c->out_room) {
+		size_t room = 2 * (c->out_len + len);
+		uint8_t *more = realloc(c->out, room);
+
+		if (!more) {
+			say("forkfs-agent: no memory for what the host is to be told");
+			return;
+		}
+		c->out = more;
+		c->out_room = room;
+	}
+	memcpy(c->out + c->out_len, data, len);
+	c->out_len += len;
+}
+
+void conn_send(struct conn *c, uint8_t type, uint32_t stream, const void *payload, size_t len)
+{
+	uint8_t wire[1 + AGENT_WIRE_MAX];
+
+	if (c->gone || !c->session)
+		return;
+	/* a zero in front of the first: half of an older session's frame may be under way */
+	wire[0] = 0;
+	len = agent_encode(type, stream, payload, len, wire + 1);
+	append(c, type == AGENT_BEGIN ? wire : wire + 1, type == AGENT_BEGIN ? len + 1 : len);
+	flush(c);
+}
+
+static void dispatch(struct conn *c, const struct agent_frame *f)
+{
+	if (f->type == AGENT_HELLO) {
+		session_hello(c, f);
+		return;
+	}
+	if (!c->session)
+		return; /* of another session */
+	switch (f->type) {
+	case AGENT_PING:
+		conn_send(c, AGENT_PONG, 0, f->payload, f->len > 64 ? 64 : f->len);
+		break;
+	case AGENT_EXEC:
+		process_exec(c, f);
+		break;
+	case AGENT_MAIN:
+		process_main(c, f);
+		break;
+	case AGENT_HANGUP:
+		process_hangup(c, false, f->stream >> 16);
+		break;
+	default:
+		process_frame(c, f);
+	}
+}
+
+static void take(struct conn *c, const uint8_t *in, size_t len)
+{
+	while (len && !c->gone) {
+		struct agent_frame f;
+		size_t used;
+		int r = agent_decode(&c->dec, in, len, &used, &f);
+
+		in += used;
+		len -= used;
+		if (r == 1)
+			dispatch(c, &f);
+		else if (r == -EPROTONOSUPPORT)
+			conn_send(c, AGENT_ERROR, 0, "this agent speaks version 1", 27);
+	}
+}
+
+static void on_ready(struct watch *w, uint32_t events)
+{
+	struct conn *c = (struct conn *)((char *)w - offsetof(struct conn, w));
+	uint8_t in[16384];
+
+	while (!c->gone) {
+		ssize_t n = read(c->w.fd, in, sizeof(in));
+
+		if (n > 0) {
+			take(c, in, (size_t)n);
+			continue;
+		}
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0 && errno == EAGAIN)
+			break;
+		if (!c->port || (n < 0 && errno == ENODEV))
+			close_conn(c);
+		else if (c->session)
+			end_session(c); /* the host is gone; the port stays for the next */
+		break;
+	}
+	if (!c->gone)
+		flush(c);
+	free_gone();
+}
+
+void conn_add(int fd, const char *kind, bool port)
+{
+	struct conn *c = calloc(1, sizeof(*c));
+
+	if (!c) {
+		close(fd);
+		return;
+	}
+	*c = (struct conn){.w = {.fd = fd, .ready = on_ready}, .kind = kind, .port = port, .next = all};
+	all = c;
+	watch_arm(&c->w, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET);
+}
+
+void conn_close_others(const struct conn *keep)
+{
+	for (struct conn *c = all; c; c = c->next)
+		if (c != keep && !c->gone && !c->port)
+			close_conn(c); /* freed by the handler that runs now */
+}
