@@ -123,7 +123,9 @@ static int act(const char *name, const char *action)
 	return 0;
 }
 
-static int lookup(const char *name, bool mutant)
+enum kind { POINT, MUTANT, PLACE };
+
+static int lookup(const char *name, enum kind kind)
 {
 	const char *path = getenv("FORKFS_FAULT_FILE");
 	_cleanup_free_ char *text = NULL;
@@ -146,12 +148,12 @@ static int lookup(const char *name, bool mutant)
 			*at = '\0';
 			nth = (unsigned)atoi(at + 1);
 		}
-		if (mutant) {
+		if (kind == MUTANT) {
 			if (strncmp(point, "mutant:", 7) == 0 && strcmp(point + 7, name) == 0)
 				return 1;
 			continue;
 		}
-		if (strcmp(point, name) != 0 && strcmp(point, "*") != 0)
+		if (strcmp(point, name) != 0 && (kind == PLACE || strcmp(point, "*") != 0))
 			continue;
 		unsigned pass = count_pass(rule);
 
@@ -167,12 +169,17 @@ static int lookup(const char *name, bool mutant)
 
 int ffs_fault_point(const char *name)
 {
-	return lookup(name, false);
+	return lookup(name, POINT);
+}
+
+void ffs_fault_place(const char *name)
+{
+	(void)lookup(name, PLACE);
 }
 
 int ffs_fault_mutant(const char *name)
 {
-	return lookup(name, true);
+	return lookup(name, MUTANT);
 }
 
 #else

@@ -13,6 +13,9 @@
 #ifdef FFS_FAULTS
 /* 0, or the -errno to fail with. Any thread; slow (reads a file): never in a release build. */
 int ffs_fault_point(const char *name);
+/* A place between two looks at the same thing, where a test holds a thread: no step that can fail, passed too often to be
+ * one, and so not matched by "*". */
+void ffs_fault_place(const char *name);
 /* True when the rule `mutant:NAME on` is in the file: tests break the protocol's order with it, on purpose.
  */
 int ffs_fault_mutant(const char *name);
@@ -20,10 +23,12 @@ int ffs_fault_mutant(const char *name);
  * with. Without a fault file the points cost next to nothing, so its figures can be compared. */
 int ffs_fault_alternative(const char *name);
 #define FFS_FAULT(name) ffs_fault_point(name)
+#define FFS_PLACE(name) ffs_fault_place(name)
 #define FFS_MUTANT(name) ffs_fault_mutant(name)
 #define FFS_ALTERNATIVE(name) ffs_fault_alternative(name)
 #else
 #define FFS_FAULT(name) 0
+#define FFS_PLACE(name) ((void)0)
 #define FFS_MUTANT(name) 0
 #define FFS_ALTERNATIVE(name) 0
 #endif

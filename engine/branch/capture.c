@@ -208,7 +208,7 @@ unsigned ffs_tracker_needed(const struct ffs_tracker *t, const struct ffs_branch
 	*cluster = c;
 	if (c >= end)
 		return 0;
-	(void)FFS_FAULT("needed");
+	FFS_PLACE("needed");
 	/* The first one counts whether or not somebody has captured it since: 0 would say that nothing is left.
 	 * Not beyond a multiple of the unit: the image's large pages are aligned. */
 	while (c + n < end && (c + n) % r->clusters_per_copy &&

@@ -15,6 +15,7 @@
 #ifndef FFS_FAULTS
 int ffs_fault_point(const char *name);
 int ffs_fault_mutant(const char *name);
+void ffs_fault_place(const char *name);
 #endif
 
 #define MAX_RULES 8
@@ -162,7 +163,7 @@ static int act(const char *action)
 	return 0;
 }
 
-int ffs_fault_point(const char *name)
+static int pass(const char *name, bool place)
 {
 	int e = 0;
 
@@ -170,7 +171,7 @@ int ffs_fault_point(const char *name)
 	for (unsigned i = 0; i < n_rules && e == 0; i++) {
 		struct rule *r = &rule[i];
 
-		if (strcmp(r->point, name) != 0 && strcmp(r->point, "*") != 0)
+		if (strcmp(r->point, name) != 0 && (place || strcmp(r->point, "*") != 0))
 			continue;
 		if (++r->passes == r->nth || !r->nth) {
 			char action[80];
@@ -181,6 +182,16 @@ int ffs_fault_point(const char *name)
 	}
 	pthread_mutex_unlock(&lock);
 	return e;
+}
+
+int ffs_fault_point(const char *name)
+{
+	return pass(name, false);
+}
+
+void ffs_fault_place(const char *name)
+{
+	pass(name, true);
 }
 
 int ffs_fault_mutant(const char *name)
