@@ -154,23 +154,14 @@ int ffs_drives_plan(struct ffs_restore *r, struct ffs_drives *d, struct ffs_erro
 
 static int copy_data(int from, int to, uint64_t size, const char *what, struct ffs_error *err)
 {
-	_cleanup_free_ char *buf = malloc(STEP);
+	char file[100], read[120], write[200];
+	const struct ffs_sparse_words words = {file, read, write};
 
-	if (!buf || ftruncate(to, (off_t)size) < 0)
-		return ffs_error_errno(err, buf ? errno : ENOMEM, "a copy of disk %s", what);
-	for (uint64_t at = 0; at < size; at += STEP) {
-		size_t len = size - at < STEP ? (size_t)(size - at) : STEP;
-		ssize_t n = ffs_pread_full(from, buf, len, at);
-
-		if (ffs_interrupted())
-			return ffs_error_set(err, EINTR, "interrupted");
-		if (n != (ssize_t)len)
-			return ffs_error_errno(err, n < 0 ? (int)-n : EIO, "disk %s of the branch cannot be read", what);
-		if (!ffs_is_zero(buf, len) && (n = ffs_pwrite_full(to, buf, len, at)) != (ssize_t)len)
-			return ffs_error_errno(err, n < 0 ? (int)-n : EIO,
-				"a copy of disk %s cannot be written (another place for it by --dir, another disk by --drive)", what);
-	}
-	return 0;
+	snprintf(file, sizeof(file), "a copy of disk %s", what);
+	snprintf(read, sizeof(read), "disk %s of the branch cannot be read", what);
+	snprintf(write, sizeof(write),
+		"a copy of disk %s cannot be written (another place for it by --dir, another disk by --drive)", what);
+	return ffs_copy_sparse(from, to, size, STEP, &words, err);
 }
 
 static void name_copy(const struct ffs_drive *d, const struct ffs_child *c, char path[200])

@@ -33,26 +33,41 @@ static bool is_image(const struct ffs_restore *r)
 	return is;
 }
 
-/* All of `from`, with holes where it is zero, in a file that nobody can change. */
-static int load(int from, uint64_t size, int *out, struct ffs_error *err)
+int ffs_copy_sparse(int from, int to, uint64_t size, size_t step, const struct ffs_sparse_words *words, struct ffs_error *err)
 {
-	_cleanup_close_ int fd = memfd_create("forkfs-children", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
-	_cleanup_free_ char *buf = malloc(STEP);
-	char path[40];
+	_cleanup_free_ char *buf = malloc(step);
 
-	if (fd < 0 || !buf || ftruncate(fd, (off_t)size) < 0)
-		return ffs_error_errno(err, fd < 0 || buf ? errno : ENOMEM, "a file in memory for the branch");
-	for (uint64_t at = 0; at < size; at += STEP) {
-		size_t len = size - at < STEP ? (size_t)(size - at) : STEP;
+	if (!buf || ftruncate(to, (off_t)size) < 0)
+		return ffs_error_errno(err, buf ? errno : ENOMEM, "%s", words->file);
+	for (uint64_t at = 0; at < size; at += step) {
+		size_t len = size - at < step ? (size_t)(size - at) : step;
 		ssize_t n = ffs_pread_full(from, buf, len, at);
 
 		if (ffs_interrupted())
 			return ffs_error_set(err, EINTR, "interrupted");
 		if (n != (ssize_t)len)
-			return ffs_error_errno(err, n < 0 ? (int)-n : EIO, "the branch's memory cannot be read");
-		if (!ffs_is_zero(buf, len) && (n = ffs_pwrite_full(fd, buf, len, at)) != (ssize_t)len)
-			return ffs_error_errno(err, n < 0 ? (int)-n : EIO, "the branch cannot be loaded into memory");
+			return ffs_error_errno(err, n < 0 ? (int)-n : EIO, "%s", words->read);
+		if (!ffs_is_zero(buf, len) && (n = ffs_pwrite_full(to, buf, len, at)) != (ssize_t)len)
+			return ffs_error_errno(err, n < 0 ? (int)-n : EIO, "%s", words->write);
 	}
+	return 0;
+}
+
+/* All of `from`, with holes where it is zero, in a file that nobody can change. */
+static int load(int from, uint64_t size, int *out, struct ffs_error *err)
+{
+	_cleanup_close_ int fd = memfd_create("forkfs-children", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
+	static const struct ffs_sparse_words words = {.file = "a file in memory for the branch",
+		.read = "the branch's memory cannot be read",
+		.write = "the branch cannot be loaded into memory"};
+	char path[40];
+	int got;
+
+	if (fd < 0)
+		return ffs_error_errno(err, errno, "%s", words.file);
+	got = ffs_copy_sparse(from, fd, size, STEP, &words, err);
+	if (got < 0)
+		return got;
 	if (fcntl(fd, F_ADD_SEALS, SEALS) < 0)
 		return ffs_error_errno(err, errno, "the branch's memory cannot be sealed");
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);

@@ -97,6 +97,13 @@ struct ffs_restore {
  * file in memory, which takes as long as reading it. as_served: memory.bin in any case. -EINTR by a signal. */
 int ffs_restore_image(struct ffs_restore *r, bool as_served, struct ffs_error *err);
 
+/* What is said when a copy fails: its file can't be made, the original read, the copy written. */
+struct ffs_sparse_words {
+	const char *file, *read, *write;
+};
+/* All of `from` into the empty file `to`, with a hole for each `step` bytes that are zero. Any thread. -EINTR by a signal. */
+int ffs_copy_sparse(int from, int to, uint64_t size, size_t step, const struct ffs_sparse_words *words, struct ffs_error *err);
+
 /* ---- restore-fork.c ---- */
 
 struct ffs_child;

@@ -48,6 +48,11 @@ static const struct mode {
 	{"text of maps", "bpf-iter error:EIO\nprocmap-query error:EIO\n", false},
 	{"/proc, again", "bpf-iter error:EIO\n", true},
 };
+#ifdef FFS_FAULTS
+enum { N_MODES = FFS_ARRAY_LEN(modes) };
+#else
+enum { N_MODES = 1 }; /* nothing makes it take the others */
+#endif
 static const struct mode *mode = &modes[0];
 static struct ffs_foreign_known *known;
 
@@ -103,6 +108,19 @@ static inline int teardown(void **s)
 	ffs_foreign_known_free(known);
 	known = NULL;
 	return rmdir(scratch);
+}
+
+/* The tests in each mode; how many failed. */
+static inline int run_in_modes(const struct CMUnitTest *tests, size_t n)
+{
+	int failed = 0;
+
+	for (unsigned i = 0; i < N_MODES; i++) {
+		mode = &modes[i];
+		failed += _cmocka_run_group_tests(mode->name, tests, n, setup, teardown);
+	}
+	mode = &modes[0];
+	return failed;
 }
 
 /* ---- the children ---- */

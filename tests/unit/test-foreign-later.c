@@ -256,15 +256,6 @@ int main(void)
 		cmocka_unit_test(test_quiet),
 		cmocka_unit_test(test_restless),
 	};
-	int failed = 0;
 
-	for (unsigned i = 0; i < FFS_ARRAY_LEN(modes); i++) {
-#ifndef FFS_FAULTS
-		if (i)
-			break; /* nothing makes it take the others */
-#endif
-		mode = &modes[i];
-		failed += _cmocka_run_group_tests(mode->name, tests, FFS_ARRAY_LEN(tests), setup, teardown);
-	}
-	return failed;
+	return run_in_modes(tests, FFS_ARRAY_LEN(tests));
 }

@@ -323,12 +323,7 @@ static void test_crowd(void **s)
 	close(p[1]);
 	assert_int_equal(read(p[0], &c, 1), 0); /* all of them do */
 	close(p[0]);
-#ifdef FFS_FAULTS
-	unsigned n_modes = FFS_ARRAY_LEN(modes);
-#else
-	unsigned n_modes = 1;
-#endif
-	for (unsigned i = 0; i < n_modes; i++) {
+	for (unsigned i = 0; i < N_MODES; i++) {
 		mode = &modes[i];
 		set_faults(mode, "");
 		times(v, mode->name);
@@ -365,16 +360,7 @@ int main(void)
 		cmocka_unit_test(test_unreadable),
 		cmocka_unit_test(test_crowd),
 	};
-	int failed = 0;
+	int failed = run_in_modes(tests, FFS_ARRAY_LEN(tests));
 
-	for (unsigned i = 0; i < FFS_ARRAY_LEN(modes); i++) {
-#ifndef FFS_FAULTS
-		if (i)
-			break; /* nothing makes it take the others */
-#endif
-		mode = &modes[i];
-		failed += _cmocka_run_group_tests(mode->name, tests, FFS_ARRAY_LEN(tests), setup, teardown);
-	}
-	mode = &modes[0];
 	return failed + cmocka_run_group_tests(once, setup, teardown);
 }

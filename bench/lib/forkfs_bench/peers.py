@@ -113,8 +113,7 @@ def live(guest, sandbox, name):
 def full(guest, directory):
     """A snapshot with the VM stopped throughout: stop, a copy of its memory to tmpfs, device state, cont."""
     image, state = directory / "full.memory", directory / "full.vmstate"
-    memory = next(f"/proc/{guest.pid}/fd/{fd}" for fd in os.listdir(f"/proc/{guest.pid}/fd")
-                  if "memory-backend-memfd" in os.readlink(f"/proc/{guest.pid}/fd/{fd}"))
+    memory = guest.memfd()
     seen = len(guest.qmp.events)
     start = time.monotonic()
     guest.qmp.execute("stop")
