@@ -20,6 +20,7 @@
 #include <xxhash.h>
 
 #include "agent-handshake.h"
+#include "agent/out.h"
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "vmm/dial.h"
@@ -29,17 +30,12 @@
 #define AGENT_MANY (256u << 10) /* towards the guest: clients are not read beyond */
 #define CLIENT_MANY (1u << 20)  /* towards a client: no guest that keeps to the windows gets there */
 
-struct pipe_out {
-	uint8_t *p;
-	size_t at, len, room;
-};
-
 struct client {
 	int fd; /* -1: free */
 	uint16_t group;
 	bool ending; /* gets what is left, and no more */
 	struct agent_decoder dec;
-	struct pipe_out out;
+	struct agent_out out;
 };
 
 struct link {
@@ -54,41 +50,24 @@ struct link {
 	struct agent_ack ack;
 	uint64_t hello_due_ns;
 	struct agent_decoder dec;
-	struct pipe_out out;
+	struct agent_out out;
 	struct client client[CLIENTS];
 	uint16_t last_group;
 };
 
 /* ---- buffers ---- */
 
-static int append(struct pipe_out *o, uint8_t type, uint32_t stream, const void *payload, size_t len)
-{
-	if (o->at == o->len)
-		o->at = o->len = 0;
-	if (o->len + AGENT_WIRE_MAX > o->room) {
-		size_t room = 2 * (o->len + AGENT_WIRE_MAX);
-		uint8_t *more = realloc(o->p, room);
-
-		if (!more)
-			return -ENOMEM;
-		o->p = more;
-		o->room = room;
-	}
-	o->len += agent_encode(type, stream, payload, len, o->p + o->len);
-	return 0;
-}
-
 /* -errno: it is gone. */
-static int flush(int fd, struct pipe_out *o)
+static int flush(int fd, struct agent_out *o)
 {
-	while (o->at < o->len) {
-		ssize_t n = send(fd, o->p + o->at, o->len - o->at, MSG_NOSIGNAL | MSG_DONTWAIT);
+	while (agent_out_waits(o)) {
+		ssize_t n = send(fd, o->p + o->at, agent_out_waits(o), MSG_NOSIGNAL | MSG_DONTWAIT);
 
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0)
 			return errno == EAGAIN ? 0 : -errno;
-		o->at += (size_t)n;
+		agent_out_sent(o, (size_t)n);
 	}
 	return 0;
 }
@@ -97,7 +76,7 @@ static int flush(int fd, struct pipe_out *o)
 
 static void to_agent(struct link *k, uint8_t type, uint32_t stream, const void *payload, size_t len)
 {
-	if (append(&k->out, type, stream, payload, len) < 0)
+	if (!agent_out_frame(&k->out, type, stream, payload, len))
 		ffs_handshake_fail(&k->hs, ENOMEM, "no memory for what the guest is to be told", NULL);
 }
 
@@ -190,15 +169,14 @@ static void drop(struct link *k, struct client *c)
 	if (!k->over && k->hs.next == FFS_EDGES)
 		to_agent(k, AGENT_HANGUP, (uint32_t)c->group << 16, NULL, 0);
 	ffs_close_fd(&c->fd);
-	free(c->out.p);
-	c->out = (struct pipe_out){0};
+	agent_out_free(&c->out);
 }
 
 static void to_client(struct link *k, struct client *c, uint8_t type, uint32_t stream, const void *payload, size_t len)
 {
 	if (c->ending)
 		return;
-	if (c->out.len - c->out.at > CLIENT_MANY || append(&c->out, type, stream, payload, len) < 0 || flush(c->fd, &c->out) < 0)
+	if (agent_out_waits(&c->out) > CLIENT_MANY || !agent_out_frame(&c->out, type, stream, payload, len) || flush(c->fd, &c->out) < 0)
 		drop(k, c);
 }
 
@@ -206,7 +184,7 @@ static void end_client(struct link *k, struct client *c, const char *why)
 {
 	to_client(k, c, AGENT_ERROR, 0, why, strlen(why));
 	c->ending = true;
-	if (c->fd >= 0 && c->out.at == c->out.len)
+	if (c->fd >= 0 && !agent_out_waits(&c->out))
 		drop(k, c);
 }
 
@@ -385,16 +363,16 @@ static uint64_t do_what_is_due(struct link *k, uint64_t now)
 static void wait_and_serve(struct link *k, uint64_t due)
 {
 	struct pollfd p[3 + CLIENTS];
-	bool serve = k->hs.next == FFS_EDGES && k->out.len - k->out.at < AGENT_MANY;
+	bool serve = k->hs.next == FFS_EDGES && agent_out_waits(&k->out) < AGENT_MANY;
 
-	p[0] = (struct pollfd){.fd = k->hs.failed ? -1 : k->agent, .events = POLLIN | (k->out.at < k->out.len ? POLLOUT : 0)};
+	p[0] = (struct pollfd){.fd = k->hs.failed ? -1 : k->agent, .events = POLLIN | (agent_out_waits(&k->out) ? POLLOUT : 0)};
 	p[1] = (struct pollfd){.fd = k->pidfd, .events = POLLIN};
 	p[2] = (struct pollfd){.fd = k->listener, .events = POLLIN};
 	for (unsigned i = 0; i < CLIENTS; i++) {
 		struct client *c = &k->client[i];
 
 		p[3 + i] = (struct pollfd){.fd = c->fd, .events = (short)((serve && !c->ending ? POLLIN : 0) |
-									 (c->out.at < c->out.len ? POLLOUT : 0))};
+									 (agent_out_waits(&c->out) ? POLLOUT : 0))};
 	}
 	if (poll(p, 3 + CLIENTS, due == UINT64_MAX ? -1 : ffs_ms_until(due)) < 0)
 		return;
@@ -409,7 +387,7 @@ static void wait_and_serve(struct link *k, uint64_t due)
 
 		if (p[3 + i].fd < 0 || c->fd != p[3 + i].fd)
 			continue;
-		if (p[3 + i].revents & POLLOUT && (flush(c->fd, &c->out) < 0 || (c->ending && c->out.at == c->out.len)))
+		if (p[3 + i].revents & POLLOUT && (flush(c->fd, &c->out) < 0 || (c->ending && !agent_out_waits(&c->out))))
 			drop(k, c);
 		if (c->fd >= 0 && p[3 + i].revents & POLLIN)
 			read_client(k, c);
@@ -481,7 +459,7 @@ static void say_goodbye(struct link *k)
 		for (unsigned i = 0; i < CLIENTS; i++) {
 			struct client *c = &k->client[i];
 
-			if (c->fd >= 0 && (flush(c->fd, &c->out) < 0 || c->out.at == c->out.len))
+			if (c->fd >= 0 && (flush(c->fd, &c->out) < 0 || !agent_out_waits(&c->out)))
 				drop(k, c);
 			p[i] = (struct pollfd){.fd = c->fd, .events = POLLOUT};
 			left |= c->fd >= 0;
@@ -507,12 +485,9 @@ int ffs_agent_link_run(const struct ffs_agent_link *l, int listener)
 		ffs_handshake_fail(&k.hs, err.code, err.text, NULL);
 	else
 		edge(&k, FFS_EDGE_CONNECTED, ffs_now_ns());
-	if (!k.hs.failed) {
-		/* a zero first: what somebody else left half said ends there */
-		append(&k.out, AGENT_HELLO, 0, "", 0);
-		k.out.len = 1;
-		k.out.p[0] = 0;
-	}
+	/* a zero first: what somebody else left half said ends there */
+	if (!k.hs.failed && !agent_out_bytes(&k.out, "", 1))
+		ffs_handshake_fail(&k.hs, ENOMEM, "no memory for what the guest is to be told", NULL);
 	while (!k.over) {
 		uint64_t due = do_what_is_due(&k, ffs_now_ns());
 

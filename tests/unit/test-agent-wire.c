@@ -10,6 +10,7 @@
 #include <cmocka.h>
 #include <errno.h>
 
+#include "agent/out.h"
 #include "agent/wire.h"
 
 static uint8_t wire[4 * AGENT_WIRE_MAX];
@@ -273,9 +274,48 @@ static void test_noise(void **state)
 	}
 }
 
+/* Something always waits, and never all of it is sent: the bytes come in order, and the room does not grow with what goes through. */
+static void test_out(void **state)
+{
+	struct agent_out o = {0};
+	uint8_t payload[1000];
+	uint32_t next = 0;
+
+	begin();
+	for (uint32_t i = 0; i < 20000; i++) {
+		size_t n, used, at = 0;
+		struct agent_frame f;
+
+		memset(payload, (int)i, sizeof(payload));
+		assert_true(agent_out_frame(&o, AGENT_STDOUT, i, payload, i % sizeof(payload)));
+		n = agent_out_waits(&o) > 3000 ? agent_out_waits(&o) - 2999 : 0;
+		while (at < n) {
+			int r = agent_decode(&dec, o.p + o.at + at, n - at, &used, &f);
+
+			at += used;
+			if (r != 1)
+				continue;
+			assert_int_equal(f.stream, next);
+			assert_int_equal(f.len, next % sizeof(payload));
+			assert_true(!f.len || f.payload[f.len - 1] == (uint8_t)next);
+			next++;
+		}
+		agent_out_sent(&o, n);
+		assert_true(o.room <= 4 * (AGENT_WIRE_MAX + 3000));
+	}
+	assert_true(next > 19900);
+	agent_out_sent(&o, agent_out_waits(&o));
+	assert_true(!o.at && !o.len);
+	assert_true(agent_out_bytes(&o, "abc", 3));
+	agent_out_clear(&o);
+	assert_int_equal(agent_out_waits(&o), 0);
+	agent_out_free(&o);
+}
+
 int main(void)
 {
-	const struct CMUnitTest tests[] = {cmocka_unit_test(test_golden), cmocka_unit_test(test_lengths),
+	const struct CMUnitTest tests[] = {cmocka_unit_test(test_out),
+		cmocka_unit_test(test_golden), cmocka_unit_test(test_lengths),
 		cmocka_unit_test(test_resync), cmocka_unit_test(test_flipped), cmocka_unit_test(test_endless),
 		cmocka_unit_test(test_version), cmocka_unit_test(test_exec), cmocka_unit_test(test_hello),
 		cmocka_unit_test(test_noise)};

@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "out.h"
 #include "wire.h"
 
 /* ---- main.c: the loop ---- */
@@ -51,8 +52,7 @@ struct conn {
 	bool session; /* a HELLO came: nonce is its */
 	uint8_t nonce[16];
 	struct agent_decoder dec;
-	uint8_t *out;
-	size_t out_at, out_len, out_room;
+	struct agent_out out;
 	struct conn *next;
 };
 

@@ -18,7 +18,7 @@ static void end_session(struct conn *c)
 {
 	process_hangup(c, true, 0);
 	c->session = false;
-	c->out_at = c->out_len = 0;
+	agent_out_clear(&c->out);
 }
 
 static void close_conn(struct conn *c)
@@ -38,67 +38,42 @@ static void free_gone(void)
 			continue;
 		}
 		*p = c->next;
-		free(c->out);
+		agent_out_free(&c->out);
 		free(c);
 	}
 }
 
 bool conn_full(const struct conn *c)
 {
-	return c->out_len - c->out_at > MANY;
+	return agent_out_waits(&c->out) > MANY;
 }
 
 static void flush(struct conn *c)
 {
 	bool was_full = conn_full(c);
 
-	while (c->w.fd >= 0 && c->out_at < c->out_len) {
-		ssize_t n = write(c->w.fd, c->out + c->out_at, c->out_len - c->out_at);
+	while (c->w.fd >= 0 && agent_out_waits(&c->out)) {
+		ssize_t n = write(c->w.fd, c->out.p + c->out.at, agent_out_waits(&c->out));
 
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n <= 0)
 			break; /* there will be room, or a hang-up */
-		c->out_at += (size_t)n;
+		agent_out_sent(&c->out, (size_t)n);
 	}
-	if (c->out_at == c->out_len)
-		c->out_at = c->out_len = 0;
 	if (was_full && !conn_full(c))
 		process_resume(c);
 }
 
-static void append(struct conn *c, const uint8_t *data, size_t len)
-{
-	if (c->out_at > MANY || c->out_len + len > c->out_room) {
-		memmove(c->out, c->out + c->out_at, c->out_len - c->out_at);
-		c->out_len -= c->out_at;
-		c->out_at = 0;
-	}
-	if (c->out_len + len > c->out_room) {
-		size_t room = 2 * (c->out_len + len);
-		uint8_t *more = realloc(c->out, room);
-
-		if (!more) {
-			say("forkfs-agent: no memory for what the host is to be told");
-			return;
-		}
-		c->out = more;
-		c->out_room = room;
-	}
-	memcpy(c->out + c->out_len, data, len);
-	c->out_len += len;
-}
-
 void conn_send(struct conn *c, uint8_t type, uint32_t stream, const void *payload, size_t len)
 {
-	uint8_t wire[1 + AGENT_WIRE_MAX];
-
 	if (c->gone || !c->session)
 		return;
 	/* a zero in front of the first: half of an older session's frame may be under way */
-	wire[0] = 0;
-	len = agent_encode(type, stream, payload, len, wire + 1);
-	append(c, type == AGENT_BEGIN ? wire : wire + 1, type == AGENT_BEGIN ? len + 1 : len);
+	if ((type == AGENT_BEGIN && !agent_out_bytes(&c->out, "", 1)) || !agent_out_frame(&c->out, type, stream, payload, len)) {
+		say("forkfs-agent: no memory for what the host is to be told");
+		return;
+	}
 	flush(c);
 }
 

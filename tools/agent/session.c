@@ -146,7 +146,7 @@ void session_hello(struct conn *c, const struct agent_frame *f)
 	if (!agent_hello_parse(f, &h) || (c->session && !memcmp(c->nonce, h.nonce, 16)))
 		return;
 	process_hangup(c, true, 0);
-	c->out_at = c->out_len = 0;
+	agent_out_clear(&c->out);
 	c->session = true;
 	memcpy(c->nonce, h.nonce, 16);
 	memcpy(a.nonce, h.nonce, 16);
