@@ -14,20 +14,6 @@
 #include "box.h"
 #include "text.h"
 
-static void parse_uuid(const char *text, uint8_t out[16])
-{
-	unsigned n = 0;
-
-	for (; *text; text++) {
-		if (*text == '-')
-			continue;
-		unsigned v = *text <= '9' ? (unsigned)(*text - '0') : (unsigned)(*text - 'a') + 10;
-
-		out[n / 2] = (uint8_t)(n % 2 ? out[n / 2] | v : v << 4);
-		n++;
-	}
-}
-
 struct ffs_fork *ffs_fork_new(struct ffs_fs *fs, struct ffs_named *named, const char *name)
 {
 	struct ffs_fork *f = calloc(1, sizeof(*f));
@@ -42,8 +28,8 @@ struct ffs_fork *ffs_fork_new(struct ffs_fs *fs, struct ffs_named *named, const 
 	f->refs = 1;
 	f->serial = fs->next_serial++;
 	snprintf(f->name, sizeof(f->name), "%s", name);
-	ffs_uuid(f->id);
-	parse_uuid(f->id, f->epoch);
+	ffs_uuid_new(f->epoch);
+	ffs_uuid_text(f->epoch, f->id);
 	f->named = named ? ffs_named_ref(named) : NULL;
 	f->time_ns = ffs_wall_ns();
 	ffs_list_init(&f->staged);

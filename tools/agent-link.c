@@ -116,12 +116,10 @@ static struct json_object *timing(const struct link *k)
 {
 	static const char *const kinds[] = {"same", "first", "restored"};
 	struct json_object *o = json_object_new_object(), *phases = json_object_new_object(), *guest = json_object_new_object();
-	const uint8_t *e = k->hello.epoch;
 	uint64_t from = k->hs.began_ns;
 	char uuid[37];
 
-	snprintf(uuid, sizeof(uuid), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", e[0], e[1], e[2],
-		e[3], e[4], e[5], e[6], e[7], e[8], e[9], e[10], e[11], e[12], e[13], e[14], e[15]);
+	ffs_uuid_text(k->hello.epoch, uuid);
 	json_object_object_add(o, "epoch", json_object_new_string(uuid));
 	json_object_object_add(o, "pid", json_object_new_int((int)k->vm.pid));
 	json_object_object_add(o, "guest_was", json_object_new_string(kinds[k->kind < 3 ? k->kind : 0]));

@@ -185,17 +185,27 @@ void ffs_signals_to_block(void *set)
 		sigdelset(set, faults[i]);
 }
 
-void ffs_uuid(char out[37])
+void ffs_uuid_new(uint8_t b[16])
 {
-	unsigned char b[16];
-
 	/* up to 256 bytes getrandom never fails or returns short once the pool is ready (getrandom(2)) */
-	while (getrandom(b, sizeof(b), 0) != (ssize_t)sizeof(b))
+	while (getrandom(b, 16, 0) != 16)
 		;
-	b[6] = (unsigned char)((b[6] & 0x0f) | 0x40);
-	b[8] = (unsigned char)((b[8] & 0x3f) | 0x80);
+	b[6] = (uint8_t)((b[6] & 0x0f) | 0x40);
+	b[8] = (uint8_t)((b[8] & 0x3f) | 0x80);
+}
+
+void ffs_uuid_text(const uint8_t b[16], char out[37])
+{
 	snprintf(out, 37, "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1],
 		b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
+}
+
+void ffs_uuid(char out[37])
+{
+	uint8_t b[16];
+
+	ffs_uuid_new(b);
+	ffs_uuid_text(b, out);
 }
 
 int ffs_check_name(const char *what, const char *name, struct ffs_error *err)

@@ -65,7 +65,9 @@ bool ffs_proc_alive(struct ffs_proc_id id);
  * userfaultfd first. `set` is a sigset_t. */
 void ffs_signals_to_block(void *set);
 
-/* A random (version 4) UUID as 36 characters and a NUL. */
+/* A random (version 4) UUID; one as 36 characters and a NUL; a random one as that. */
+void ffs_uuid_new(uint8_t out[16]);
+void ffs_uuid_text(const uint8_t uuid[16], char out[37]);
 void ffs_uuid(char out[37]);
 
 /* Names of sandboxes, branches and forks: 1–64 of [A-Za-z0-9._:-], not starting with a dot. 0 or -EINVAL with
