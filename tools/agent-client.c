@@ -83,7 +83,7 @@ static int start_link(const struct ffs_agent_link *l, int listener, struct ffs_e
 {
 	char pid[16], ready[16];
 	char name[] = "forkfs-agent-link";
-	char *argv[] = {name, (char *)(uintptr_t)l->socket, pid, ready, (char *)(uintptr_t)(l->dir ? l->dir : ""), NULL};
+	char *argv[] = {name, (char *)(uintptr_t)l->socket, pid, ready, NULL};
 	posix_spawn_file_actions_t fa;
 	posix_spawnattr_t attr;
 	sigset_t none, all;

@@ -41,7 +41,7 @@ uint64_t ffs_handshake_deadline(const struct ffs_handshake *h);
 int ffs_handshake_check(struct ffs_handshake *h, uint64_t now_ns, struct ffs_error *err);
 /* It can never succeed, and this is why. The first reason stays. */
 int ffs_handshake_fail(struct ffs_handshake *h, int code, const char *why, struct ffs_error *err);
-/* As JSON members of timing.json, and in sentences. */
+/* As JSON members, and in sentences. */
 const char *ffs_edge_name(enum ffs_edge edge);
 
 /* ---- health ---- */

@@ -144,22 +144,6 @@ static const char *text_of(struct json_object *o)
 	return json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
 }
 
-/* Whole or not there; that it cannot be written ends nothing. */
-static void write_timing(const struct link *k)
-{
-	_cleanup_close_ int dir = k->l->dir ? open(k->l->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1, fd = -1;
-	struct json_object *o;
-
-	if (dir < 0)
-		return;
-	fd = openat(dir, "timing.json.new", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
-	o = timing(k);
-	if (fd >= 0 && ffs_write_full(fd, text_of(o), strlen(text_of(o))) >= 0 && ffs_write_full(fd, "\n", 1) >= 0 &&
-		renameat(dir, "timing.json.new", dir, "timing.json") < 0)
-		unlinkat(dir, "timing.json.new", 0);
-	json_object_put(o);
-}
-
 /* ---- clients ---- */
 
 static void drop(struct link *k, struct client *c)
@@ -277,10 +261,8 @@ static void from_agent_itself(struct link *k, const struct agent_frame *f, uint6
 
 	if (f->type == AGENT_PONG && k->hs.next >= FFS_EDGE_HEALTHY && k->health.waiting) {
 		ffs_health_answer(&k->health, now);
-		if (k->hs.next == FFS_EDGE_HEALTHY) {
+		if (k->hs.next == FFS_EDGE_HEALTHY)
 			edge(k, FFS_EDGE_HEALTHY, now);
-			write_timing(k);
-		}
 	} else if (f->type == AGENT_ERROR && k->hs.next < FFS_EDGES) {
 		snprintf(text, sizeof(text), "the guest's agent says: %.*s", (int)(f->len > 150 ? 150 : f->len),
 			(const char *)f->payload);
@@ -497,8 +479,6 @@ int ffs_agent_link_run(const struct ffs_agent_link *l, int listener)
 	}
 	if (!k.hs.failed && k.hs.next < FFS_EDGES)
 		ffs_handshake_fail(&k.hs, ECONNRESET, "the VM ended before its agent was ready", NULL);
-	if (k.hs.next < FFS_EDGES)
-		write_timing(&k);
 	say_goodbye(&k);
 	return 0;
 }

@@ -18,13 +18,12 @@
 struct ffs_agent_link {
 	const char *socket; /* of the agent: a chardev's socket, or the agent's own */
 	pid_t pid;          /* of the VMM, which must be who listens there; 0: whoever does */
-	const char *dir;    /* where timing.json goes; NULL: nowhere */
 	unsigned ready_s;
 };
 
 /* A connection to the link of that agent, which is started if there is none; the caller's. Blocking socket. */
 int ffs_agent_dial(const struct ffs_agent_link *l, struct ffs_error *err);
-/* Wait until the guest is healthy: *json (may be NULL; the caller frees) is what timing.json has. Else -errno with
+/* Wait until the guest is healthy: *json (may be NULL; the caller frees) is what the link knows of the handshake and its times. Else -errno with
  * the link's sentence. `fd` is a fresh connection. */
 int ffs_agent_wait(int fd, char **json, struct ffs_error *err);
 /* The lock under which a link of that agent is started and ends: a descriptor, or -errno. */

@@ -382,17 +382,16 @@ int ffs_cmd_exec(const struct ffs_command *self, int argc, char **argv)
 	return code;
 }
 
-/* The link's process (agent-client.c starts it): SOCKET PID READY_S DIR, and its listener as descriptor 3. */
+/* The link's process (agent-client.c starts it): SOCKET PID READY_S, and its listener as descriptor 3. */
 int ffs_agent_link_main(int argc, char **argv)
 {
 	struct ffs_agent_link l = {0};
 
-	if (argc != 5)
+	if (argc != 4)
 		return FFS_EXIT_USAGE;
 	l.socket = argv[1];
 	l.pid = (pid_t)atoi(argv[2]);
 	l.ready_s = (unsigned)atoi(argv[3]);
-	l.dir = argv[4][0] ? argv[4] : NULL;
 	if (fcntl(3, F_SETFD, FD_CLOEXEC) < 0)
 		return FFS_EXIT_FAILURE;
 	return ffs_agent_link_run(&l, 3);
