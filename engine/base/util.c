@@ -141,6 +141,9 @@ bool ffs_is_zero(const void *buf, size_t len)
 	return memcmp(p, p + 16, len - 16) == 0;
 }
 
+/* include/linux/sched.h: set when a thread begins to end, before it gives up its memory and files */
+#define PF_EXITING 0x4u
+
 int ffs_proc_stat(pid_t pid, char *state, uint64_t *start)
 {
 	char path[64];
@@ -153,15 +156,16 @@ int ffs_proc_stat(pid_t pid, char *state, uint64_t *start)
 		return r == -ENOENT ? -ESRCH : r;
 	char *p = strrchr(text, ')');
 	char st;
+	unsigned flags;
 	unsigned long long ticks;
 
-	/* after ')': state is field 3, start time field 22 */
+	/* after ')': state is field 3, flags field 9, start time field 22 */
 	if (!p || sscanf(p + 1,
-			  " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu",
-			  &st, &ticks) != 2)
+			  " %c %*s %*s %*s %*s %*s %u %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu",
+			  &st, &flags, &ticks) != 3)
 		return -EPROTO;
 	if (state)
-		*state = st;
+		*state = st != 'Z' && flags & PF_EXITING ? 'X' : st;
 	if (start)
 		*start = ticks;
 	return 0;

@@ -54,10 +54,11 @@ struct ffs_proc_id {
 
 /* Read state and start time of a process (or thread: `tid` of the same /proc layout). The comm field may
  * contain spaces and parentheses: fields are counted from the LAST ')'. -ESRCH when there is none. `state`
- * may be NULL. */
+ * may be NULL; 'X' is also one that has begun to end: it runs no code of its own any more, and its files are closed before it is
+ * a zombie. */
 int ffs_proc_stat(pid_t pid, char *state, uint64_t *start);
 
-/* True while that very process exists and is not a zombie. */
+/* True while that very process exists, is not a zombie and has not begun to end. */
 bool ffs_proc_alive(struct ffs_proc_id id);
 
 /* Every signal but those that a fault in the thread itself raises: what a thread may block that leaves

@@ -90,7 +90,7 @@ int ffs_api_rescue(int sock, uint64_t deadline_ns)
 		}
 		/* a VMM that is gone needs nothing */
 		if (!r || ffs_now_ns() >= deadline_ns || ffs_proc_stat(cred.pid, &state, NULL) < 0 ||
-			state == 'Z')
+			state == 'Z' || state == 'X')
 			break;
 		if (poll(NULL, 0, (int)(ASK_AGAIN_NS / FFS_NS_PER_MS)) < 0)
 			r = -errno;

@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -349,6 +350,38 @@ static void changes(void **state)
 	assert_int_equal(ffs_memory_open(id, &geo, &m, &err), -ESRCH);
 }
 
+/* A process that is killed closes what it has before it becomes a zombie: who sees a connection end by that is told that it
+ * has exited, not that it closed the connection. */
+static void ends(void **state)
+{
+	for (unsigned i = 0; i < 300; i++) {
+		struct ffs_proc_id dying;
+		int pair[2];
+		char c;
+
+		assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
+		dying.pid = fork();
+		assert_true(dying.pid >= 0);
+		if (!dying.pid) {
+			/* memory that takes a while to go, and more files after the one that is watched */
+			for (unsigned n = 0; n < 50; n++)
+				if (memfd_create("more", 0) < 0)
+					_exit(1);
+			for (;;)
+				pause();
+		}
+		close(pair[1]);
+		assert_int_equal(ffs_proc_stat(dying.pid, NULL, &dying.start), 0);
+		assert_true(ffs_proc_alive(dying));
+		assert_int_equal(kill(dying.pid, SIGKILL), 0);
+		assert_int_equal(read(pair[0], &c, 1), 0);
+		assert_false(ffs_proc_alive(dying));
+		close(pair[0]);
+		assert_int_equal(waitpid(dying.pid, NULL, 0), dying.pid);
+		assert_false(ffs_proc_alive(dying));
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -356,6 +389,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(reading, setup, teardown),
 		cmocka_unit_test(markers),
 		cmocka_unit_test_setup_teardown(changes, setup, teardown),
+		cmocka_unit_test(ends),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
