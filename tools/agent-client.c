@@ -4,6 +4,7 @@
  * started: connecting, binding and a spawn, none of which waits for anybody. */
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
@@ -21,6 +22,7 @@
 #include "restore-qemu-args.h"
 
 #define COMMAND_LINE_MAX (1u << 20)
+#define GOODBYE_MS 1000
 
 int ffs_agent_lock(const char *socket, struct ffs_error *err)
 {
@@ -187,14 +189,30 @@ int ffs_agent_next(int fd, struct ffs_agent_input *in, struct agent_frame *out)
 	}
 }
 
-int ffs_agent_wait(int fd, char **json, struct ffs_error *err)
+/* Until something comes from the link: 0; -ECONNRESET: the VM has ended, and its link has nothing to say about it. */
+static int wait_for_link(int fd, int pidfd)
+{
+	struct pollfd p[2] = {{.fd = fd, .events = POLLIN}, {.fd = pidfd, .events = POLLIN}};
+
+	while (poll(p, 2, -1) < 0)
+		if (errno != EINTR)
+			return -errno;
+	/* it sees the end too, and goes: what it says is better than what we know */
+	if (!p[0].revents && poll(p, 1, GOODBYE_MS) < 1)
+		return -ECONNRESET;
+	return 0;
+}
+
+int ffs_agent_wait(int fd, int pidfd, char **json, struct ffs_error *err)
 {
 	_cleanup_free_ struct ffs_agent_input *in = calloc(1, sizeof(*in));
 	struct agent_frame f;
 	int r = in ? ffs_agent_send(fd, AGENT_STATUS, 0, NULL, 0) : -ENOMEM;
 
 	while (r >= 0) {
-		r = ffs_agent_next(fd, in, &f);
+		r = in->at < in->len ? 0 : wait_for_link(fd, pidfd);
+		if (r == 0)
+			r = ffs_agent_next(fd, in, &f);
 		if (r == 1 && f.type == AGENT_ERROR)
 			return ffs_error_set(err, EIO, "%.*s", (int)(f.len > 400 ? 400 : f.len), (const char *)f.payload);
 		if (r == 1 && f.type == AGENT_STATUS) {
@@ -225,11 +243,10 @@ static const char *option_with(char *const *word, unsigned n, const char *name, 
 	return NULL;
 }
 
-static int socket_of(char *const *word, unsigned n, pid_t pid, char **out, struct ffs_error *err)
+int ffs_agent_find_in(char *const *word, unsigned n, const char *cwd, char **out, struct ffs_error *err)
 {
 	const char *port = option_with(word, n, "device", "name", AGENT_PORT), *chardev;
-	char id[65], path[512], cwd[300], link[40];
-	ssize_t len;
+	char id[65], path[512];
 
 	if (!port || !ffs_qemu_get(port, NULL, "chardev", id, sizeof(id)))
 		return ffs_error_set(err, ENOENT,
@@ -237,27 +254,28 @@ static int socket_of(char *const *word, unsigned n, pid_t pid, char **out, struc
 	chardev = option_with(word, n, "chardev", "id", id);
 	if (!chardev || !ffs_qemu_get(chardev, NULL, "path", path, sizeof(path)))
 		return ffs_error_set(err, ENOENT, "the agent's chardev %.40s is no socket with a path", id);
-	if (path[0] == '/') {
+	if (path[0] == '/')
 		*out = strdup(path);
-		return *out ? 0 : ffs_error_set(err, ENOMEM, "no memory for a path");
-	}
-	snprintf(link, sizeof(link), "/proc/%d/cwd", (int)pid);
-	len = readlink(link, cwd, sizeof(cwd) - 1);
-	if (len < 0)
-		return ffs_error_errno(err, errno, "%s", link);
-	cwd[len] = 0;
-	return asprintf(out, "%s/%s", cwd, path) < 0 ? ffs_error_set(err, ENOMEM, "no memory for a path") : 0;
+	else if (asprintf(out, "%s/%s", cwd, path) < 0)
+		*out = NULL;
+	return *out ? 0 : ffs_error_set(err, ENOMEM, "no memory for a path");
 }
 
 int ffs_agent_find(pid_t pid, char **out, struct ffs_error *err)
 {
 	_cleanup_free_ char *text = NULL;
 	_cleanup_free_ char **word = NULL;
-	char path[40];
+	char path[40], cwd[300];
 	size_t len = 0;
+	ssize_t cwd_len;
 	unsigned n = 0, count = 0;
 	int r;
 
+	snprintf(path, sizeof(path), "/proc/%d/cwd", (int)pid);
+	cwd_len = readlink(path, cwd, sizeof(cwd) - 1);
+	if (cwd_len < 0)
+		return ffs_error_errno(err, errno, "%s", path);
+	cwd[cwd_len] = 0;
 	snprintf(path, sizeof(path), "/proc/%d/cmdline", (int)pid);
 	r = ffs_read_file(path, COMMAND_LINE_MAX, &text, &len);
 	if (r < 0)
@@ -269,5 +287,5 @@ int ffs_agent_find(pid_t pid, char **out, struct ffs_error *err)
 		return ffs_error_set(err, ENOMEM, "no memory for a command line");
 	for (size_t at = 0; at < len && n < count; at += strlen(text + at) + 1)
 		word[n++] = text + at;
-	return socket_of(word, n, pid, out, err);
+	return ffs_agent_find_in(word, n, cwd, out, err);
 }

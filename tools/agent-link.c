@@ -128,6 +128,7 @@ static struct json_object *timing(const struct link *k)
 		json_object_object_add(phases, ffs_edge_name(i), json_object_new_uint64(k->hs.at_ns[i] - from));
 		from = k->hs.at_ns[i];
 	}
+	json_object_object_add(o, "began_ns", json_object_new_uint64(k->hs.began_ns)); /* CLOCK_MONOTONIC */
 	json_object_object_add(o, "phases_ns", phases);
 	json_object_object_add(o, "total_ns", json_object_new_uint64(from - k->hs.began_ns));
 	json_object_object_add(guest, "rebind", json_object_new_uint64(k->ack.rebind_ns));

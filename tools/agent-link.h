@@ -23,9 +23,10 @@ struct ffs_agent_link {
 
 /* A connection to the link of that agent, which is started if there is none; the caller's. Blocking socket. */
 int ffs_agent_dial(const struct ffs_agent_link *l, struct ffs_error *err);
-/* Wait until the guest is healthy: *json (may be NULL; the caller frees) is what the link knows of the handshake and its times. Else -errno with
- * the link's sentence. `fd` is a fresh connection. */
-int ffs_agent_wait(int fd, char **json, struct ffs_error *err);
+/* Wait until the guest is healthy: *json (may be NULL; the caller frees) is what the link knows of the handshake and its
+ * times. Else -errno with the link's sentence. `fd` is a fresh connection; pidfd: of the VM, whose end ends the wait (-1: the
+ * link sees it). */
+int ffs_agent_wait(int fd, int pidfd, char **json, struct ffs_error *err);
 /* The lock under which a link of that agent is started and ends: a descriptor, or -errno. */
 int ffs_agent_lock(const char *socket, struct ffs_error *err);
 /* The next frame from a blocking connection: 1, 0 at its end, or -errno. */
@@ -38,6 +39,8 @@ int ffs_agent_next(int fd, struct ffs_agent_input *in, struct agent_frame *out);
 int ffs_agent_send(int fd, uint8_t type, uint32_t stream, const void *payload, size_t len);
 /* The socket of the agent of a QEMU, from its command line; the caller frees it. -ENOENT with a sentence. */
 int ffs_agent_find(pid_t pid, char **out, struct ffs_error *err);
+/* The same of one that is to be started in the directory cwd, by the words of its command line. */
+int ffs_agent_find_in(char *const *word, unsigned n, const char *cwd, char **out, struct ffs_error *err);
 
 /* ---- agent-link.c ---- */
 

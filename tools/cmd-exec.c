@@ -292,7 +292,7 @@ static int run(const char *name, const struct exec_args *a, struct ffs_error *er
 	run.input_open = a->input;
 	run.fd = ffs_agent_dial(&l, err);
 	/* until here Ctrl-C ends us: nothing of ours runs in the guest */
-	if (run.fd < 0 || ffs_agent_wait(run.fd, NULL, err) < 0)
+	if (run.fd < 0 || ffs_agent_wait(run.fd, -1, NULL, err) < 0)
 		return EXIT_OURS;
 	run.signals = signals_of();
 	if (a->tty) {
@@ -310,16 +310,9 @@ static int run(const char *name, const struct exec_args *a, struct ffs_error *er
 
 static int check(struct exec_args *a, struct ffs_error *err)
 {
-	char *end;
-	unsigned long s;
-
 	a->ready_s = FFS_AGENT_READY_S;
-	if (a->ready) {
-		s = strtoul(a->ready, &end, 10);
-		if (*end || end == a->ready || !s || s > 86400)
-			return ffs_error_set(err, EINVAL, "--ready-timeout is a number of seconds, not '%.40s'", a->ready);
-		a->ready_s = (unsigned)s;
-	}
+	if (a->ready && ffs_seconds_option("--ready-timeout", a->ready, &a->ready_s, err) < 0)
+		return -EINVAL;
 	for (unsigned i = 0; i < a->env.n; i++)
 		if (!strchr(a->env.word[i], '=') || a->env.word[i][0] == '=')
 			return ffs_error_set(err, EINVAL, "--env is NAME=VALUE, not '%.100s'", a->env.word[i]);

@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <json-c/json.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -18,22 +19,24 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "agent-link.h"
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "progress.h"
 #include "restore.h"
 
 #define MAX_CHILDREN 4096
+#define MAX_AWAITED 128 /* guests that are waited for side by side */
 #define DIR_DEFAULT "/run/forkfs/children"
 
 const struct ffs_restore_ops *const ffs_restore_kinds[] = {&ffs_restore_qemu, &ffs_restore_coop,
 	&ffs_restore_firecracker, NULL};
 
 struct restore_args {
-	const char *count, *vmm, *conf, *dir, *attach, *mount, *backend, *ack;
-	bool paused, trust, torn, show, track, as_served, no_prefetch, no_ack, help;
+	const char *count, *vmm, *conf, *dir, *attach, *mount, *backend, *ack, *ready;
+	bool paused, trust, torn, show, track, as_served, no_prefetch, no_ack, healthy, help;
 	const char *ack_address;
-	unsigned n, ack_ms;
+	unsigned n, ack_ms, ready_s;
 };
 
 /* The children of one call, side by side. */
@@ -47,6 +50,7 @@ struct herd {
 	unsigned failed;
 	struct ffs_child *child; /* a->n of them */
 	int done;                /* eventfd-like: the writing end of a pipe, a byte for each worker that is through */
+	sem_t starts;            /* so many may be starting; who waits for a guest of its own keeps nobody else from it */
 };
 
 void ffs_restore_note(struct ffs_restore *r, const char *fmt, ...)
@@ -156,6 +160,9 @@ static int prepare(struct ffs_restore *r, const struct restore_args *a, struct f
 	if (!got && (r->drives.n || r->nets.n) && r->ops != &ffs_restore_firecracker)
 		got = ffs_error_set(err, EINVAL, "--drive and --net are for Firecracker's children; the branch is of a %s",
 			r->ops->kind);
+	if (!got && r->healthy && r->ops != &ffs_restore_qemu)
+		got = ffs_error_set(err, ENOTSUP,
+			"--healthy is for QEMU's children, which have a port for an agent; the branch is of a %s", r->ops->kind);
 	if (!got && r->backend && r->target.fork[0] && !strcmp(r->backend, "uffd"))
 		got = ffs_error_set(err, ENOTSUP,
 			"--backend uffd serves the branch's memory, without the payloads of fork %s: leave it out, or serve the "
@@ -187,6 +194,8 @@ static void print_child(struct herd *h, const struct ffs_child *c)
 	json_object_object_add(times, "loaded_ns", json_object_new_uint64(c->loaded_ns));
 	json_object_object_add(times, "running_ns", r->paused ? NULL : json_object_new_uint64(c->running_ns));
 	json_object_object_add(times, "acknowledged_ns", c->ack ? json_object_new_uint64(c->acknowledged_ns) : NULL);
+	if (r->healthy)
+		json_object_object_add(times, "healthy_ns", json_object_new_uint64(c->healthy_ns));
 	json_object_object_add(o, "times", times);
 	if (c->ack) {
 		json_object_object_add(o, "acks", ffs_restore_ack_json(c));
@@ -227,16 +236,21 @@ static int attach(struct herd *h, struct ffs_child *c, struct ffs_error *err)
 	return got;
 }
 
+/* Until it runs, or is where it shall stop. */
 static int start_child(struct herd *h, struct ffs_child *c, struct ffs_error *err)
 {
 	struct ffs_restore *r = h->r;
 	struct ffs_argv argv = {0};
 	int got = ffs_child_make_dir(c, h->a->dir ? h->a->dir : DIR_DEFAULT, r->target.branch, err);
 
+	c->began_ns = ffs_now_ns() - r->began_ns;
+
 	if (!got)
 		got = ffs_child_give(c, FFS_CHILD_MEMORY, r->memory_fd, err);
 	if (!got)
 		got = r->ops->command(r, c, &argv, err);
+	if (!got && r->healthy)
+		got = ffs_restore_agent_find(c, &argv, err);
 	if (!got)
 		got = ffs_restore_hooks_before(r, c, err);
 	if (!got)
@@ -254,9 +268,18 @@ static int start_child(struct herd *h, struct ffs_child *c, struct ffs_error *er
 		got = r->ops->run(r, c, err);
 	c->running_ns = ffs_now_ns() - r->began_ns;
 	r->ops->let_go(r, c);
-	if (!got)
-		got = ffs_restore_hooks_after_resume(r, c, err);
+	return got < 0 ? ffs_child_explain(c, got, err) : 0;
+}
+
+/* What its guest has to say before it counts. */
+static int await_child(struct herd *h, struct ffs_child *c, struct ffs_error *err)
+{
+	struct ffs_restore *r = h->r;
+	int got = ffs_restore_hooks_after_resume(r, c, err);
+
 	c->acknowledged_ns = ffs_now_ns() - r->began_ns;
+	if (!got && r->healthy)
+		got = ffs_restore_agent_await(r, c, err);
 	if (got < 0)
 		return ffs_child_explain(c, got, err);
 	return c->name[0] ? attach(h, c, err) : 0;
@@ -278,7 +301,12 @@ static void *work(void *arg)
 		if (!c)
 			break;
 		c->watch = &watch;
+		while (sem_wait(&h->starts) < 0)
+			; /* EINTR: the only way in which it can fail */
 		got = start_child(h, c, &err);
+		sem_post(&h->starts);
+		if (!got)
+			got = await_child(h, c, &err);
 		pthread_mutex_lock(&h->lock);
 		c->ready = !got;
 		if (!got) {
@@ -339,14 +367,18 @@ static int start_workers(struct herd *h, pthread_t *thread, unsigned n)
 
 static int start_all(struct herd *h, struct ffs_error *err)
 {
-	unsigned n = how_many_at_once(h->a->n);
-	_cleanup_free_ pthread_t *thread = calloc(n, sizeof(*thread));
+	unsigned at_once = how_many_at_once(h->a->n), n = at_once;
+	_cleanup_free_ pthread_t *thread = NULL;
 	int p[2], workers;
+
+	if (h->r->healthy || h->r->ack.n)
+		n = h->a->n < MAX_AWAITED ? h->a->n : MAX_AWAITED;
+	thread = calloc(n, sizeof(*thread));
 
 	h->child = calloc(h->a->n, sizeof(*h->child));
 	if (!thread || !h->child)
 		return ffs_error_set(err, ENOMEM, "no memory for %u children", h->a->n);
-	if (pipe2(p, O_CLOEXEC) < 0)
+	if (pipe2(p, O_CLOEXEC) < 0 || sem_init(&h->starts, 0, at_once) < 0)
 		return ffs_error_errno(err, errno, "a pipe for the threads");
 	h->done = p[1];
 	for (unsigned i = 0; i < h->a->n; i++) {
@@ -368,6 +400,7 @@ static int start_all(struct herd *h, struct ffs_error *err)
 		pthread_join(thread[i], NULL);
 	close(p[0]);
 	close(p[1]);
+	sem_destroy(&h->starts);
 	/* whom no worker came to */
 	for (unsigned i = h->next - 1; i < h->a->n; i++)
 		ffs_child_release(&h->child[i]);
@@ -464,6 +497,12 @@ static int check_args(struct restore_args *a, struct ffs_error *err)
 		got = ffs_error_set(err, EINVAL, "--ack and --paused exclude each other");
 	if (!got && a->ack && a->no_ack)
 		got = ffs_error_set(err, EINVAL, "--ack and --no-ack exclude each other");
+	if (!got && a->healthy && a->paused)
+		got = ffs_error_set(err, EINVAL, "--healthy and --paused exclude each other");
+	if (!got && a->ready && !a->healthy)
+		got = ffs_error_set(err, EINVAL, "--ready-timeout goes with --healthy");
+	if (!got && a->ready)
+		got = ffs_seconds_option("--ready-timeout", a->ready, &a->ready_s, err);
 	if (!got && a->ack_address && ffs_restore_ack_address(a->ack_address, &(struct sockaddr_storage){0}, &(socklen_t){0}) < 0)
 		got = ffs_error_set(err, EINVAL, "--ack-address is an IP address of this host, not '%.60s'", a->ack_address);
 	if (!got && a->attach && a->paused)
@@ -482,7 +521,7 @@ static int check_args(struct restore_args *a, struct ffs_error *err)
 
 int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 {
-	struct restore_args a = {.n = 1};
+	struct restore_args a = {.n = 1, .ready_s = FFS_AGENT_READY_S};
 	_cleanup_(ffs_tree_close) struct ffs_tree t = FFS_TREE_INIT;
 	struct ffs_restore r = {.tree = &t, .memory_fd = -1, .began_ns = ffs_now_ns()};
 	const struct ffs_opt opts[] = {
@@ -500,6 +539,8 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		{"ack", 0, FFS_OPT_VALUE, &a.ack},
 		{"no-ack", 0, FFS_OPT_FLAG, &a.no_ack},
 		{"ack-address", 0, FFS_OPT_VALUE, &a.ack_address},
+		{"healthy", 0, FFS_OPT_FLAG, &a.healthy},
+		{"ready-timeout", 0, FFS_OPT_VALUE, &a.ready},
 		{"accept-torn", 0, FFS_OPT_FLAG, &a.torn},
 		{"trust", 0, FFS_OPT_FLAG, &a.trust},
 		{"as-served", 0, FFS_OPT_FLAG, &a.as_served},
@@ -532,6 +573,8 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 	r.ack_ms = a.ack_ms;
 	r.ack_none = a.no_ack;
 	r.ack_address = a.ack_address;
+	r.healthy = a.healthy;
+	r.ready_s = a.ready_s;
 	if (own < argc) {
 		r.user_arg = (const char *const *)argv + own + 1;
 		r.n_user_args = (unsigned)(argc - own - 1);

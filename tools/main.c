@@ -44,7 +44,8 @@ const struct ffs_command ffs_commands[] = {
 	{"wait", "NAME/BRANCH…", "wait until branches are complete", ffs_cmd_wait},
 	{"rm", "NAME/BRANCH[/FORK]…", "remove branches or forks; who has one open goes on reading it", ffs_cmd_rm},
 	{"restore",
-		"NAME/BRANCH[/FORK] [-n COUNT] [--attach NAME [--track]] [--paused] [--accept-torn] [--trust] [--as-served] [--show] "
+		"NAME/BRANCH[/FORK] [-n COUNT] [--attach NAME [--track]] [--paused | --healthy [--ready-timeout SECONDS]] "
+		"[--accept-torn] [--trust] [--as-served] [--show] "
 		"[--vmm BINARY] [--conf FILE] [--dir DIR] [--backend file|uffd [--no-prefetch]] [--drive ID=PATH]… "
 		"[--net IFACE=TAP]… [--ack MS | --no-ack] [--ack-address IP] [-- VMM ARGS…]",
 		"start VMs that go on where the branch was taken; a line of JSON for each", ffs_cmd_restore},

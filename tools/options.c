@@ -15,6 +15,8 @@
 #include "base/util.h"
 #include "mailbox/ack.h"
 
+#define SECONDS_MAX 86400u
+
 static const struct ffs_opt *find_long(const struct ffs_opt *opts, const char *name, size_t len)
 {
 	for (; opts->name || opts->letter; opts++)
@@ -301,6 +303,16 @@ int ffs_size_parse(const char *what, const char *text, uint64_t *out, struct ffs
 	if (len >= sizeof(digits) || !parse_number(digits, INT64_MAX >> shift, &v) || !v)
 		return ffs_error_set(err, EINVAL, "%s '%.40s' is no number of bytes", what, text);
 	*out = (uint64_t)v << shift;
+	return 0;
+}
+
+int ffs_seconds_option(const char *name, const char *text, unsigned *seconds, struct ffs_error *err)
+{
+	unsigned long v;
+
+	if (!parse_number(text, SECONDS_MAX + 1, &v) || !v)
+		return ffs_error_set(err, EINVAL, "%s is a number of seconds from 1 to %u, not '%.40s'", name, SECONDS_MAX, text);
+	*seconds = (unsigned)v;
 	return 0;
 }
 

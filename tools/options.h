@@ -70,5 +70,7 @@ int ffs_size_parse(const char *what, const char *text, uint64_t *out, struct ffs
 
 /* A process id, in whole and positive. -EINVAL. */
 int ffs_pid_parse(const char *text, int *pid, struct ffs_error *err);
+/* The value of the option `name`: a number of seconds, a day at most. 0 or -EINVAL with a sentence. */
+int ffs_seconds_option(const char *name, const char *text, unsigned *seconds, struct ffs_error *err);
 /* A time-out for acknowledgements (--ack): milliseconds, 0 the default. 0 or -EINVAL with a sentence. */
 int ffs_ack_option(const char *text, unsigned *ms, struct ffs_error *err);

@@ -301,6 +301,8 @@ void ffs_child_release(struct ffs_child *c)
 	ffs_close_fd(&c->pidfd);
 	json_object_put(c->sockets);
 	c->sockets = NULL;
+	free(c->agent);
+	c->agent = NULL;
 }
 
 /* ---- asking a program ---- */

@@ -4,6 +4,7 @@
  *   restore-image.c      what its children map
  *   restore-fork.c       a fork's own pages, written into its children
  *   restore-ack.c        what is handed over: the acknowledgements of a fork's mailboxes
+ *   restore-agent.c      the wait until the agent in its guest is healthy
  *   restore-conf.c       which program, with which options of the host (/etc/forkfs/vmm.d)
  *   restore-qemu*.c      kind qemu            restore-api.c   kind coop, and what VMMs with an HTTP API share
  *   restore-firecracker.c, restore-drives.c   kind firecracker
@@ -83,6 +84,8 @@ struct ffs_restore {
 	bool ack_all, ack_none;  /* --ack: all of them, for ack_ms; --no-ack */
 	unsigned ack_ms;
 	const char *ack_address; /* --ack-address; NULL: not said */
+	bool healthy;            /* --healthy: a child is there when its guest's agent is */
+	unsigned ready_s;        /* --ready-timeout: how long that guest may take to answer */
 	uint64_t began_ns;
 	const struct ffs_restore_ops *ops;
 	void *plan; /* of the kind */
@@ -137,6 +140,16 @@ void ffs_restore_hooks_close(struct ffs_restore *r, struct ffs_child *c);
 struct json_object *ffs_restore_ack_json(const struct ffs_child *c);
 struct json_object *ffs_restore_ack_ignored_json(const struct ffs_child *c);
 
+/* ---- restore-agent.c ---- */
+
+/* Where the agent of a child will be, by the words of its command line, into c->agent and the child's sockets. -ENOENT with
+ * a sentence: the VM has none. Before it is started. */
+int ffs_restore_agent_find(struct ffs_child *c, const struct ffs_argv *argv, struct ffs_error *err);
+/* Wait until the agent in a child that runs is healthy, each edge of the handshake within its own time and the end of the
+ * VM at once; sets c->healthy_ns and writes timing.json into its directory. -errno with a sentence that names the edge. The
+ * thread of the child; nothing else is waited for, and nothing of other children. */
+int ffs_restore_agent_await(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
+
 /* ---- restore-child.c: one VM ---- */
 
 /* Descriptors that a child inherits, by their number there. */
@@ -152,9 +165,10 @@ struct ffs_child {
 	int control;                /* our end of what the kind talks over; -1: none */
 	void *talk;                 /* of the kind, from load to let_go */
 	struct ffs_restore_ack *ack; /* of the hooks; NULL: nothing is to be acknowledged */
+	char *agent;                 /* the socket of its guest's agent; NULL: not looked for */
 	pid_t pid;
 	int pidfd;
-	uint64_t started_ns, loaded_ns, running_ns, acknowledged_ns; /* since the command began */
+	uint64_t began_ns, started_ns, loaded_ns, running_ns, acknowledged_ns, healthy_ns; /* since the command began */
 	struct json_object *sockets;                /* {"qmp":PATH} and the like, for the user */
 	char attach_socket[160];                    /* what `attach` is given */
 	bool ready; /* under the command's lock: no signal ends it any more */

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 
-from forkfs_test import children, processes, rig
+from forkfs_test import children, rig
 
 MIB = 1 << 20
 SIZE = 96
@@ -34,24 +34,9 @@ def status(path):
     return json.loads((path / "status").read_text())
 
 
-def vms(r):
-    """The processes that work in a directory of a child."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            where = os.readlink(f"/proc/{pid}/cwd")
-        except OSError:
-            continue
-        if where.startswith(str(r.mount.case.dir / "ch")):
-            found.append(int(pid))
-    return found
-
-
 def nothing_left(r):
     """No directory of a child, no process and no port of a command that is over."""
-    base = r.mount.case.dir / "ch"
-    assert not base.exists() or not list(base.iterdir()), list(base.iterdir())
-    assert not vms(r), [processes.describe(p) for p in vms(r)]
+    children.nothing_left(r.mount.case)
 
 
 class Listener(threading.Thread):
@@ -210,7 +195,7 @@ def test_ended(case):
     fork(r, "c1", "config", ack_timeout_ms=30000)
     waiting = Listener(r, "sbx1/b1/c1", [])
     waiting.port()
-    (pid,) = vms(r)
+    ((_, pid),) = children.vms(r.mount.case)
     os.kill(pid, 9)
     waiting.join(30)
     assert not waiting.is_alive() and not waiting.found and "signal 9" in waiting.result.err, waiting.result

@@ -113,7 +113,7 @@ _forkfs() {
 		import) options='--store --store-dir --mount --help' ;;
 		convert) options='--to --mount --help' ;;
 		inspect) options='--chunks --mount --help' ;;
-		restore) options='-n --attach --track --paused --accept-torn --trust --as-served --show --vmm --conf --dir --backend --no-prefetch --drive --net --ack --no-ack --ack-address --mount --help' ;;
+		restore) options='-n --attach --track --paused --healthy --ready-timeout --accept-torn --trust --as-served --show --vmm --conf --dir --backend --no-prefetch --drive --net --ack --no-ack --ack-address --mount --help' ;;
 		exec) options='--stdin --tty --env --cwd --main --socket --ready-timeout --mount --help' ;;
 		pager) options='--children --owner --all --no-prefetch --limit --working-set --with-parent --mount --help' ;;
 		doctor) options='--json --help' ;;

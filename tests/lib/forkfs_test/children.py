@@ -135,6 +135,26 @@ def lines(case, text, kind):
     return [kind(case, json.loads(line)) for line in text.splitlines()]
 
 
+def vms(case):
+    """The processes that work in a directory of a child: where, and the pid."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            where = os.readlink(f"/proc/{pid}/cwd")
+        except OSError:
+            continue
+        if where.startswith(f"{case.dir}/ch/"):
+            found.append((pathlib.Path(where), int(pid)))
+    return found
+
+
+def nothing_left(case):
+    """No directory of a child and no process in one: of commands that have failed."""
+    base = case.dir / "ch"
+    assert not base.exists() or not list(base.iterdir()), list(base.iterdir())
+    assert not vms(case), [processes.describe(pid) for _, pid in vms(case)]
+
+
 def run(mount, branch, *options, kind=QemuChild, vmm=(), check=True, timeout=120):
     """`forkfs restore`; (the children, the command's result). branch: NAME/BRANCH."""
     command = ["restore", branch, "--dir", str(mount.case.dir / "ch"), *options]

@@ -72,7 +72,8 @@ class Guest:
     overlay   the disk's writes go to a temporary file: the image is opened for reading only
     rights    None (the test's own), "nobody" (started by a user without any) or "dropped" (by root, who becomes one: not dumpable)
     balloon   the guest gives memory back when it is asked to; on a q35
-    agent     its process 1 is the agent of the build under test, on a q35; `run` is then the main command, as words
+    agent     its process 1 is the agent of the build under test, on a q35; `run` is then the main command, as words.
+              "port": there is the port for an agent, and nobody in the guest who listens there
     Two QMP sockets: `qmp_path` is left to forkfs; `qmp` is the test's own, which also counts events.
     """
 
@@ -133,11 +134,12 @@ class Guest:
                    "-qmp", f"unix:{self.dir}/tests,server=on,wait=off",
                    "-kernel", f"{kernel}/vmlinuz", "-initrd", f"{kernel}/initrd",
                    "-append", "console=ttyS0 quiet panic=-1 " + " ".join(f"run={r}" for r in self.run)]
-        if self.agent:
+        if self.agent is True:
             at = command.index("-initrd")
             command[at + 1] = agent_initrd(self.case)
             command[command.index("-append") + 1] = " ".join(
                 ["console=ttyS0 quiet panic=-1", self.append, *(["--", *self.run] if self.run else [])])
+        if self.agent:
             command += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,path={self.dir}/agent,server=on,wait=off",
                         "-device", "virtserialport,chardev=agent,name=forkfs.agent"]
         if self.rights == "dropped":
@@ -183,7 +185,7 @@ class Guest:
 
     def booted(self):
         """Wait until each of the guest's programs is at work; self."""
-        if self.agent:
+        if self.agent is True:
             self.console.wait("forkfs-agent: up", timeout=90)
             return self
         for run in self.run:
