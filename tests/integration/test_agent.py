@@ -42,15 +42,7 @@ def test_guest(case):
     assert terminal(case, guest, "tty; stty size; exit 3\n", 3, (33, 111)) > 0
     # orphans: their parents are gone, process 1 has them, and none stays
     agent.shell(case, guest, "for i in $(seq 300); do (sleep 0 & exec true); done")
-    wait_for(lambda: not re.search(r"\bZ\b", agent.shell(case, guest, "ps -o stat,comm | grep -v sh").out), "zombies are left")
-
-
-def wait_for(condition, otherwise, seconds=30):
-    """Wait until it is true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.02)
+    agent.wait_for(lambda: not re.search(r"\bZ\b", agent.shell(case, guest, "ps -o stat,comm | grep -v sh").out), "zombies are left")
 
 
 def terminal(case, target, text, code, size):
@@ -146,7 +138,7 @@ def test_false(case):
     agent.side_by_side(TOGETHER, some)
     assert codes == [1] * 1000, {c: codes.count(c) for c in codes}
     orphans.kill()
-    wait_for(lambda: not agent.children(process.pid), "children of the agent are left")
+    agent.wait_for(lambda: not agent.children(process.pid), "children of the agent are left")
 
 
 def test_orphans(case):
@@ -154,7 +146,7 @@ def test_orphans(case):
     path, process = agent.service(case)
     script = "i=0; while [ $i -lt 10000 ]; do (: &); i=$((i+1)); done; exit 9"
     assert agent.shell(case, path, script, check=False, timeout=180).code == 9
-    wait_for(lambda: not agent.children(process.pid), "orphans are left")
+    agent.wait_for(lambda: not agent.children(process.pid), "orphans are left")
 
 
 def test_burst(case):

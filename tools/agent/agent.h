@@ -28,13 +28,21 @@ void watch_close(struct watch *w);
 /* A line on stderr: the console of a process 1. */
 void say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
+#define MAILBOXES_MAX 16u
+
 struct options {
 	const char *unix_path, *exit_file;
+	char *mailbox[MAILBOXES_MAX]; /* NAME[:TOKEN] */
+	unsigned n_mailboxes;
+	const char *on_mailbox, *ack_address;
 	bool halt;      /* power off when the main command has ended */
 	bool is_init;   /* process 1 of a guest */
 	bool vsock;
 };
 extern struct options options;
+
+/* One more of them; what is too many is said, and left out. */
+void option_mailbox(char *word);
 
 /* ---- boot.c: process 1 ---- */
 
@@ -87,6 +95,15 @@ bool process_ended(pid_t pid, int status);
 /* The main command: once in the life of the guest. argv of the agent's own command line, or a request. */
 void process_main(struct conn *c, const struct agent_frame *f);
 void process_main_argv(char **argv);
+
+/* ---- mailboxes.c ---- */
+
+void mailboxes_start(void);
+/* Look into all of them; and when to look again at the latest, -1: never. */
+void mailboxes_look(void);
+int mailboxes_due_ms(void);
+/* False: that is no process of theirs. */
+bool mailboxes_ended(pid_t pid, int status);
 
 /* ---- reaper.c ---- */
 

@@ -40,25 +40,58 @@ static void load_modules(void)
 		fclose(order);
 }
 
-/* forkfs.halt forkfs.exit_file=PATH forkfs.no_vsock: a name with a dot is not handed to process 1 by the kernel. */
+/* The next word, in place. Blanks between double quotes belong to it, as the kernel has it. */
+static char *next_word(char **at)
+{
+	char *word = *at + strspn(*at, " \n"), *from = word, *to = word;
+	bool quoted = false;
+
+	if (!*word)
+		return NULL;
+	for (; *from && (quoted || !strchr(" \n", *from)); from++)
+		if (*from == '"')
+			quoted = !quoted;
+		else
+			*to++ = *from;
+	*at = *from ? from + 1 : from;
+	*to = '\0';
+	return word;
+}
+
+/* What follows the name and an equals sign, or NULL. */
+static char *value_of(char *word, const char *name)
+{
+	size_t len = strlen(name);
+
+	return !strncmp(word, name, len) && word[len] == '=' ? word + len + 1 : NULL;
+}
+
+/* The options as `forkfs.NAME`: a name with a dot is not handed to process 1 by the kernel. After -- come the words of the
+ * main command. */
 static void read_command_line(void)
 {
 	static char text[4096];
 	int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
 	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
-	char *save = NULL;
+	char *at = text;
 
 	if (fd >= 0)
 		close(fd);
 	if (n <= 0)
 		return;
-	for (char *word = strtok_r(text, " \n", &save); word; word = strtok_r(NULL, " \n", &save)) {
+	for (char *word, *value; (word = next_word(&at)) && strcmp(word, "--");) {
 		if (!strcmp(word, "forkfs.halt"))
 			options.halt = true;
 		else if (!strcmp(word, "forkfs.no_vsock"))
 			options.vsock = false;
-		else if (!strncmp(word, "forkfs.exit_file=", 17))
-			options.exit_file = word + 17;
+		else if ((value = value_of(word, "forkfs.exit_file")))
+			options.exit_file = value;
+		else if ((value = value_of(word, "forkfs.mailbox")))
+			option_mailbox(value);
+		else if ((value = value_of(word, "forkfs.on_mailbox")))
+			options.on_mailbox = value;
+		else if ((value = value_of(word, "forkfs.ack_address")))
+			options.ack_address = value;
 	}
 }
 

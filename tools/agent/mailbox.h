@@ -26,6 +26,7 @@
 #define GUEST_MAILBOX_PAGE 4096u
 #define GUEST_MAILBOX_PAYLOAD 3832u
 #define GUEST_MAILBOX_WANTS_ACK 2u
+#define GUEST_MAILBOX_EPOCH_AT 240u
 
 struct guest_mailbox {
 	uint8_t *page;
@@ -93,6 +94,8 @@ static inline void guest_mailbox_withdraw(struct guest_mailbox *m)
 static inline int guest_mailbox_take(
 	struct guest_mailbox *m, void *payload, size_t *len, uint8_t epoch[16], uint32_t *flags)
 {
+	/* 232 to 239 are ours, and written as 0: an ACK that is given at this moment for the payload before counts in no sum */
+	static const uint8_t no_ack[8];
 	uint32_t *seq = (uint32_t *)(m->page + 256), crc;
 	uint32_t length;
 	int good;
@@ -103,14 +106,16 @@ static inline int guest_mailbox_take(
 	*flags = guest_mailbox_u32(m->page + 228);
 	good = length <= GUEST_MAILBOX_PAYLOAD;
 	if (good && *flags & 1) {
-		crc = guest_mailbox_crc(0, m->page + 228, 28);
+		crc = guest_mailbox_crc(0, m->page + 228, 4);
+		crc = guest_mailbox_crc(crc, no_ack, 8);
+		crc = guest_mailbox_crc(crc, m->page + GUEST_MAILBOX_EPOCH_AT, 16);
 		crc = guest_mailbox_crc(crc, m->page + 260, 4);
 		crc = guest_mailbox_crc(crc, m->page + 264, length);
 		good = crc == guest_mailbox_u32(m->page + 224);
 	}
 	if (good) {
 		memcpy(payload, m->page + 264, length);
-		memcpy(epoch, m->page + 240, 16);
+		memcpy(epoch, m->page + GUEST_MAILBOX_EPOCH_AT, 16);
 		*len = length;
 	}
 	__atomic_store_n(seq, 0, __ATOMIC_RELEASE);

@@ -65,14 +65,25 @@ void watch_close(struct watch *w)
 
 static void usage(void)
 {
-	say("usage: forkfs-agent [--unix PATH] [--no-vsock] [--exit-file PATH] [--halt] [-- MAIN ARGS…]");
+	say("usage: forkfs-agent [--unix PATH] [--no-vsock] [--mailbox NAME[:TOKEN]]… [--on-mailbox CMD] [--ack-address IP] "
+	    "[--exit-file PATH] [--halt] [-- MAIN ARGS…]");
 	exit(2);
+}
+
+void option_mailbox(char *word)
+{
+	if (options.n_mailboxes < MAILBOXES_MAX)
+		options.mailbox[options.n_mailboxes++] = word;
+	else
+		say("forkfs-agent: mailbox %.80s is one too many, there are at most %u", word, MAILBOXES_MAX);
 }
 
 static void parse(int argc, char **argv)
 {
 	static const struct option longs[] = {{"unix", required_argument, NULL, 'u'}, {"no-vsock", no_argument, NULL, 'v'},
-		{"exit-file", required_argument, NULL, 'e'}, {"halt", no_argument, NULL, 'h'}, {0}};
+		{"exit-file", required_argument, NULL, 'e'}, {"halt", no_argument, NULL, 'h'},
+		{"mailbox", required_argument, NULL, 'm'}, {"on-mailbox", required_argument, NULL, 'o'},
+		{"ack-address", required_argument, NULL, 'a'}, {0}};
 
 	for (int o; (o = getopt_long(argc, argv, "+", longs, NULL)) != -1;) {
 		if (o == 'u')
@@ -81,6 +92,12 @@ static void parse(int argc, char **argv)
 			options.vsock = false;
 		else if (o == 'e')
 			options.exit_file = optarg;
+		else if (o == 'm')
+			option_mailbox(optarg);
+		else if (o == 'o')
+			options.on_mailbox = optarg;
+		else if (o == 'a')
+			options.ack_address = optarg;
 		else if (o == 'h')
 			options.halt = true;
 		else
@@ -102,14 +119,16 @@ int main(int argc, char **argv)
 		return 1;
 	}
 	reaper_start();
+	mailboxes_start();
 	channels_start();
 	say("forkfs-agent: up");
 	if (optind < argc)
 		process_main_argv(argv + optind);
 	for (;;) {
 		struct epoll_event e;
-		int n = epoll_wait(epoll_fd, &e, 1, -1);
+		int n = epoll_wait(epoll_fd, &e, 1, mailboxes_due_ms());
 
+		mailboxes_look();
 		if (n == 1) {
 			struct watch *w = e.data.ptr;
 

@@ -341,7 +341,7 @@ static void start(struct conn *c, uint32_t stream, const struct agent_exec *e, b
 		refuse(c, stream, ENOMEM, "no memory for another command");
 		return;
 	}
-	r = spawn_command(e, is_main, &s);
+	r = spawn_command(e, is_main, -1, &s);
 	if (r < 0) {
 		refuse(c, stream, -r, strerror(-r));
 		forget(p);

@@ -1,4 +1,4 @@
-/* Reaps every child: those of process.c are told their status, orphans are of nobody.
+/* Reaps every child: those of process.c and mailboxes.c are told their status, orphans are of nobody.
  *
  * SIGCHLD is only a hint. All ended children are asked for one after the other, and each is taken as itself
  * (WNOWAIT, then its own number), so no child hides another and a status goes to whom it belongs. */
@@ -27,8 +27,8 @@ static void reap(struct watch *w, uint32_t events)
 		info.si_pid = 0;
 		if (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) < 0 || !info.si_pid)
 			return;
-		if (waitpid(info.si_pid, &status, WNOHANG) == info.si_pid)
-			process_ended(info.si_pid, status);
+		if (waitpid(info.si_pid, &status, WNOHANG) == info.si_pid && !process_ended(info.si_pid, status))
+			mailboxes_ended(info.si_pid, status);
 	}
 }
 

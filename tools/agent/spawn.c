@@ -89,9 +89,9 @@ static void defaults(void)
 	sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-static int connect_ends(const struct ends *f, bool tty)
+static int connect_ends(const struct ends *f, bool tty, int input)
 {
-	int in = f->in[1];
+	int in = input >= 0 ? input : f->in[1];
 
 	if (tty) {
 		if (ioctl(f->out[1], TIOCSCTTY, 0) < 0)
@@ -107,13 +107,13 @@ static int connect_ends(const struct ends *f, bool tty)
 	return dup2(f->out[1], 1) < 0 || dup2(f->err[1], 2) < 0 ? -1 : 0;
 }
 
-static void become(const struct agent_exec *e, const struct ends *f, bool tty) __attribute__((noreturn));
-static void become(const struct agent_exec *e, const struct ends *f, bool tty)
+static void become(const struct agent_exec *e, const struct ends *f, bool tty, int input) __attribute__((noreturn));
+static void become(const struct agent_exec *e, const struct ends *f, bool tty, int input)
 {
 	int why;
 
 	defaults();
-	if (setsid() >= 0 && connect_ends(f, tty) == 0 && (!e->cwd[0] || chdir(e->cwd) == 0)) {
+	if (setsid() >= 0 && connect_ends(f, tty, input) == 0 && (!e->cwd[0] || chdir(e->cwd) == 0)) {
 		for (unsigned i = 0; i < e->envc; i++)
 			putenv((char *)(uintptr_t)e->env[i]);
 		execvp(e->argv[0], (char *const *)(uintptr_t)e->argv);
@@ -124,14 +124,14 @@ static void become(const struct agent_exec *e, const struct ends *f, bool tty)
 	_exit(127);
 }
 
-int spawn_command(const struct agent_exec *e, bool inherit, struct spawned *out)
+int spawn_command(const struct agent_exec *e, bool inherit, int input, struct spawned *out)
 {
 	struct ends f = {{-1, -1}, {-1, -1}, {-1, -1}, {-1, -1}};
 	int r = make_ends(e, inherit, &f);
 	pid_t pid = r ? -1 : fork();
 
 	if (pid == 0)
-		become(e, &f, e->flags & AGENT_EXEC_TTY && !inherit);
+		become(e, &f, e->flags & AGENT_EXEC_TTY && !inherit, input);
 	if (pid < 0) {
 		r = r ? r : -errno;
 		close_all(&f);

@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+import time
 
 from . import processes
 
@@ -43,11 +44,24 @@ def side_by_side(n, one):
     return results
 
 
-def service(case, name="agent"):
+def wait_for(condition, otherwise, seconds=60):
+    """Wait until it is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.02)
+
+
+def wait_text(path, text):
+    """Wait until a file has the text."""
+    wait_for(lambda: path.exists() and text in path.read_text(errors="replace"), f"{path} does not say: {text}")
+
+
+def service(case, name="agent", options=()):
     """The agent as a service of this machine: no VM; (its socket, the process). It leaves the clock alone, which is right."""
     path = case.dir / f"{name}.sock"
     agent = os.path.join(os.environ["FORKFS_BUILD"], "tools", "forkfs-agent")
-    process = case.start(agent, "--no-vsock", "--unix", path, stderr=open(case.dir / f"{name}.log", "wb"))
+    process = case.start(agent, "--no-vsock", "--unix", path, *options, stderr=open(case.dir / f"{name}.log", "wb"))
     probe = socket.socket(socket.AF_UNIX)
     while probe.connect_ex(str(path)):
         assert process.poll() is None, f"the agent has ended: {process.returncode}"
