@@ -12,14 +12,11 @@
 #include <pthread.h>
 #include <semaphore.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
-#include "agent-link.h"
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "progress.h"
@@ -27,16 +24,12 @@
 
 #define MAX_CHILDREN 4096
 #define MAX_AWAITED 128 /* guests that are waited for side by side */
-#define DIR_DEFAULT "/run/forkfs/children"
-
-const struct ffs_restore_ops *const ffs_restore_kinds[] = {&ffs_restore_qemu, &ffs_restore_coop,
-	&ffs_restore_firecracker, NULL};
 
 struct restore_args {
-	const char *count, *vmm, *conf, *dir, *attach, *mount, *backend, *ack, *ready;
-	bool paused, trust, torn, show, track, as_served, no_prefetch, no_ack, healthy, help;
-	const char *ack_address;
-	unsigned n, ack_ms, ready_s;
+	struct ffs_restore_args *how;
+	const char *count, *attach, *ack;
+	bool paused, show, track, no_ack, help;
+	unsigned n, ack_ms;
 };
 
 /* The children of one call, side by side. */
@@ -53,173 +46,7 @@ struct herd {
 	sem_t starts;            /* so many may be starting; who waits for a guest of its own keeps nobody else from it */
 };
 
-void ffs_restore_note(struct ffs_restore *r, const char *fmt, ...)
-{
-	char text[400];
-	va_list ap;
-
-	va_start(ap, fmt);
-	vsnprintf(text, sizeof(text), fmt, ap);
-	va_end(ap);
-	json_object_array_add(r->notes, json_object_new_string(text));
-}
-
-static const struct ffs_argv *environment_of(const struct ffs_restore *r)
-{
-	return r->ops->environment ? r->ops->environment(r) : &r->conf.env;
-}
-
-int ffs_restore_open(const struct ffs_restore *r, const char *file, struct ffs_error *err)
-{
-	char dir[160], path[280];
-	int fd;
-
-	snprintf(dir, sizeof(dir), "%s/branches/%s", r->target.sandbox, r->target.branch);
-	snprintf(path, sizeof(path), "%s/%.100s", dir, file);
-	fd = openat(r->tree->fd, path, O_RDONLY | O_CLOEXEC);
-	if (fd >= 0)
-		return fd;
-	struct ffs_error why = {0};
-
-	ffs_error_errno(&why, errno, "%s/%s", r->tree->mount, path);
-	ffs_tree_explain(r->tree, dir, &why);
-	return ffs_error_set(err, why.code, "%s", why.text);
-}
-
-/* ---- the branch ---- */
-
-/* What may be restored, and whether its command line may be used. */
-static int look_at_branch(struct ffs_restore *r, const struct restore_args *a, struct ffs_error *err)
-{
-	const char *label = r->target.branch, *kind, *state;
-	char path[176];
-	int got;
-
-	snprintf(path, sizeof(path), "%s/branches/%s/status", r->target.sandbox, r->target.branch);
-	got = ffs_tree_json(r->tree, path, &r->status, err);
-	if (got < 0)
-		return got;
-	state = ffs_json_string(r->status, "state");
-	r->writing = !strcmp(state, "writing");
-	if (!strcmp(state, "failed"))
-		return ffs_error_set(err, EIO, "branch %s failed and can never be restored: %.300s", label,
-			ffs_json_string(r->status, "error"));
-	if (!r->writing && strcmp(state, "ready"))
-		return ffs_error_set(err, EPROTO, "branch %s is in a state that is not known: '%.40s'", label, state);
-	if (json_object_is_type(ffs_json_get(r->status, "torn_possible"), json_type_array) && !a->torn)
-		return ffs_error_set(err, EPERM,
-			"branch %s was taken by --force while others could write the guest's memory, and may be torn "
-			"(torn_possible in its status): --accept-torn starts it all the same",
-			label);
-	r->memory_size = ffs_json_u64(r->status, "memory_bytes");
-	r->imported = ffs_cli_json_bool(r->status, "imported");
-	r->vmm = ffs_json_get(r->status, "vmm");
-	kind = ffs_json_string(r->vmm, "kind");
-	for (const struct ffs_restore_ops *const *k = ffs_restore_kinds; *k; k++)
-		if (!strcmp((*k)->kind, kind))
-			r->ops = *k;
-	if (!r->ops)
-		return ffs_error_set(
-			err, ENOTSUP, "branch %s is of a VMM of the kind '%.40s', which restore cannot start", label, kind);
-	if (!r->memory_size)
-		return ffs_error_set(err, EPROTO, "branch %s has no memory", label);
-	return 0;
-}
-
-/* The manifest of a stranger: they see what it wants to run, and nothing is run. */
-static int refuse_imported(struct ffs_restore *r, struct ffs_error *err)
-{
-	struct json_object *line = ffs_json_get(r->vmm, "command_line");
-
-	if (!r->imported || r->trust || !line)
-		return 0;
-	return ffs_error_set(err, EPERM,
-		"branch %s was imported, and its manifest's command line is not run without --trust: %.300s", r->target.branch,
-		json_object_to_json_string_ext(line, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE));
-}
-
-static int prepare(struct ffs_restore *r, const struct restore_args *a, struct ffs_error *err)
-{
-	int got = ffs_tree_check_target(r->tree, &r->target, err);
-
-	if (!got)
-		got = look_at_branch(r, a, err);
-	if (!got)
-		got = refuse_imported(r, err);
-	if (!got)
-		got = ffs_restore_conf_read(a->conf, r->ops->kind, &r->conf, err);
-	if (!got && a->vmm) {
-		/* named by hand, so it may be found by PATH of theirs only as a path */
-		free(r->conf.binary);
-		r->conf.binary = realpath(a->vmm, NULL);
-		if (!r->conf.binary)
-			got = ffs_error_errno(err, errno, "--vmm %s", a->vmm);
-	}
-	if (!got && r->backend && r->ops != &ffs_restore_firecracker)
-		got = ffs_error_set(err, EINVAL, "--backend is for Firecracker's children; the branch is of a %s", r->ops->kind);
-	if (!got && (r->drives.n || r->nets.n) && r->ops != &ffs_restore_firecracker)
-		got = ffs_error_set(err, EINVAL, "--drive and --net are for Firecracker's children; the branch is of a %s",
-			r->ops->kind);
-	if (!got && r->healthy && r->ops != &ffs_restore_qemu)
-		got = ffs_error_set(err, ENOTSUP,
-			"--healthy is for QEMU's children, which have a port for an agent; the branch is of a %s", r->ops->kind);
-	if (!got && r->backend && r->target.fork[0] && !strcmp(r->backend, "uffd"))
-		got = ffs_error_set(err, ENOTSUP,
-			"--backend uffd serves the branch's memory, without the payloads of fork %s: leave it out, or serve the "
-			"fork's memory.bin by `forkfs pager`",
-			r->target.fork);
-	if (!got)
-		got = r->ops->plan(r, err);
-	return got;
-}
-
 /* ---- one child ---- */
-
-static void print_child(struct herd *h, const struct ffs_child *c)
-{
-	struct ffs_restore *r = h->r;
-	struct json_object *o = json_object_new_object(), *times = json_object_new_object();
-	char text[160];
-
-	json_object_object_add(o, "child", json_object_new_int((int)c->number));
-	json_object_object_add(o, "pid", json_object_new_int(c->pid));
-	snprintf(text, sizeof(text), "%s/%s", r->target.sandbox, r->target.branch);
-	json_object_object_add(o, "branch", json_object_new_string(text));
-	json_object_object_add(o, "fork", r->target.fork[0] ? json_object_new_string(r->target.fork) : NULL);
-	json_object_object_add(o, "sandbox", c->name[0] ? json_object_new_string(c->name) : NULL);
-	json_object_object_add(o, "state", json_object_new_string(r->paused ? "paused" : "running"));
-	json_object_object_add(o, "dir", json_object_new_string(c->dir));
-	json_object_object_add(o, "sockets", json_object_get(c->sockets));
-	json_object_object_add(times, "started_ns", json_object_new_uint64(c->started_ns));
-	json_object_object_add(times, "loaded_ns", json_object_new_uint64(c->loaded_ns));
-	json_object_object_add(times, "running_ns", r->paused ? NULL : json_object_new_uint64(c->running_ns));
-	json_object_object_add(times, "acknowledged_ns", c->ack ? json_object_new_uint64(c->acknowledged_ns) : NULL);
-	if (r->healthy)
-		json_object_object_add(times, "healthy_ns", json_object_new_uint64(c->healthy_ns));
-	json_object_object_add(o, "times", times);
-	if (c->ack) {
-		json_object_object_add(o, "acks", ffs_restore_ack_json(c));
-		json_object_object_add(o, "acks_ignored", ffs_restore_ack_ignored_json(c));
-	}
-	if (json_object_array_length(r->notes))
-		json_object_object_add(o, "notes", json_object_get(r->notes));
-	ffs_print_json(o);
-	fflush(stdout);
-}
-
-/* Its process is there, or it never will be: with the lock, so that a signal ends either none or this one. */
-static int start_process(struct herd *h, struct ffs_child *c, const struct ffs_argv *argv, struct ffs_error *err)
-{
-	int got;
-
-	pthread_mutex_lock(&h->lock);
-	if (h->stopping)
-		got = ffs_error_set(err, EINTR, "interrupted");
-	else
-		got = ffs_child_spawn(c, argv, environment_of(h->r), err);
-	pthread_mutex_unlock(&h->lock);
-	return got;
-}
 
 static int attach(struct herd *h, struct ffs_child *c, struct ffs_error *err)
 {
@@ -239,50 +66,23 @@ static int attach(struct herd *h, struct ffs_child *c, struct ffs_error *err)
 /* Until it runs, or is where it shall stop. */
 static int start_child(struct herd *h, struct ffs_child *c, struct ffs_error *err)
 {
+	const struct ffs_restore_gate gate = {&h->lock, &h->stopping};
 	struct ffs_restore *r = h->r;
-	struct ffs_argv argv = {0};
-	int got = ffs_child_make_dir(c, h->a->dir ? h->a->dir : DIR_DEFAULT, r->target.branch, err);
+	int got = ffs_child_make_dir(c, ffs_restore_dir(h->a->how), r->target.branch, err);
 
-	c->began_ns = ffs_now_ns() - r->began_ns;
-
-	if (!got)
-		got = ffs_child_give(c, FFS_CHILD_MEMORY, r->memory_fd, err);
-	if (!got)
-		got = r->ops->command(r, c, &argv, err);
-	if (!got && r->healthy)
-		got = ffs_restore_agent_find(c, &argv, err);
 	if (!got)
 		got = ffs_restore_hooks_before(r, c, err);
 	if (!got)
-		got = start_process(h, c, &argv, err);
-	ffs_argv_free(&argv);
-	if (got < 0)
-		return got;
-	c->started_ns = ffs_now_ns() - r->began_ns;
-	got = r->ops->load(r, c, err);
-	if (!got)
-		got = ffs_restore_fork_write(r, c, err);
-	c->loaded_ns = ffs_now_ns() - r->began_ns;
-	ffs_restore_hooks_resuming(c);
-	if (!got && !r->paused)
-		got = r->ops->run(r, c, err);
-	c->running_ns = ffs_now_ns() - r->began_ns;
-	r->ops->let_go(r, c);
-	return got < 0 ? ffs_child_explain(c, got, err) : 0;
+		got = ffs_restore_load(r, c, &gate, err);
+	return got ? got : ffs_restore_run(r, c, err);
 }
 
 /* What its guest has to say before it counts. */
 static int await_child(struct herd *h, struct ffs_child *c, struct ffs_error *err)
 {
-	struct ffs_restore *r = h->r;
-	int got = ffs_restore_hooks_after_resume(r, c, err);
+	int got = ffs_restore_await(h->r, c, err);
 
-	c->acknowledged_ns = ffs_now_ns() - r->began_ns;
-	if (!got && r->healthy)
-		got = ffs_restore_agent_await(r, c, err);
-	if (got < 0)
-		return ffs_child_explain(c, got, err);
-	return c->name[0] ? attach(h, c, err) : 0;
+	return !got && c->name[0] ? attach(h, c, err) : got;
 }
 
 static void *work(void *arg)
@@ -310,7 +110,8 @@ static void *work(void *arg)
 		pthread_mutex_lock(&h->lock);
 		c->ready = !got;
 		if (!got) {
-			print_child(h, c);
+			ffs_print_json(ffs_restore_line(h->r, c));
+			fflush(stdout);
 		} else if (!h->stopping) {
 			struct ffs_error shown = err;
 
@@ -426,23 +227,18 @@ static int show(const struct ffs_command *self, struct ffs_restore *r)
 	}
 	o = json_object_new_object();
 	json_object_object_add(o, "command", ffs_argv_json(&argv));
-	json_object_object_add(o, "environment", ffs_argv_json(environment_of(r)));
+	json_object_object_add(o, "environment", ffs_argv_json(ffs_restore_environment(r)));
 	json_object_object_add(o, "notes", json_object_get(r->notes));
 	ffs_print_json(o);
 	ffs_argv_free(&argv);
 	return ffs_finish_output(self);
 }
 
-static bool is_uffd(const struct restore_args *a)
-{
-	return a->backend && !strcmp(a->backend, "uffd");
-}
-
 static int restore(const struct ffs_command *self, struct ffs_restore *r, const struct restore_args *a)
 {
 	struct herd h = {.self = self, .r = r, .a = a, .lock = PTHREAD_MUTEX_INITIALIZER, .next = 1};
 	struct ffs_error err = {0};
-	int got = prepare(r, a, &err);
+	int got = ffs_restore_plan(r, a->how, &err);
 
 	if (!got && a->show)
 		return show(self, r);
@@ -452,11 +248,7 @@ static int restore(const struct ffs_command *self, struct ffs_restore *r, const 
 	if (!got && a->attach)
 		r->writing = false;
 	if (!got)
-		got = ffs_restore_image(r, a->as_served || is_uffd(a), &err); /* served memory is not mapped */
-	if (!got && r->target.fork[0])
-		got = ffs_restore_fork_read(r, &err);
-	if (!got && r->ops->begin)
-		got = r->ops->begin(r, a->dir ? a->dir : DIR_DEFAULT, &err);
+		got = ffs_restore_begin(r, a->how, &err);
 	if (!got)
 		got = start_all(&h, &err);
 	if (got < 0)
@@ -497,61 +289,39 @@ static int check_args(struct restore_args *a, struct ffs_error *err)
 		got = ffs_error_set(err, EINVAL, "--ack and --paused exclude each other");
 	if (!got && a->ack && a->no_ack)
 		got = ffs_error_set(err, EINVAL, "--ack and --no-ack exclude each other");
-	if (!got && a->healthy && a->paused)
+	if (!got && a->how->healthy && a->paused)
 		got = ffs_error_set(err, EINVAL, "--healthy and --paused exclude each other");
-	if (!got && a->ready && !a->healthy)
-		got = ffs_error_set(err, EINVAL, "--ready-timeout goes with --healthy");
-	if (!got && a->ready)
-		got = ffs_seconds_option("--ready-timeout", a->ready, &a->ready_s, err);
-	if (!got && a->ack_address && ffs_restore_ack_address(a->ack_address, &(struct sockaddr_storage){0}, &(socklen_t){0}) < 0)
-		got = ffs_error_set(err, EINVAL, "--ack-address is an IP address of this host, not '%.60s'", a->ack_address);
 	if (!got && a->attach && a->paused)
 		got = ffs_error_set(err, EINVAL, "--attach and --paused exclude each other");
 	if (!got && a->track && !a->attach)
 		got = ffs_error_set(err, EINVAL, "--track goes with --attach");
-	if (!got && a->backend && strcmp(a->backend, "file") && strcmp(a->backend, "uffd"))
-		got = ffs_error_set(err, EINVAL, "--backend is file or uffd, not '%.40s'", a->backend);
-	if (!got && a->attach && is_uffd(a))
+	if (!got && a->attach && ffs_restore_is_uffd(a->how))
 		got = ffs_error_set(err, EINVAL,
 			"--attach and --backend uffd exclude each other: memory that a pager serves cannot be branched");
-	if (!got && a->dir && a->dir[0] != '/')
-		got = ffs_error_set(err, EINVAL, "--dir is an absolute path");
-	return got;
+	return got ? got : ffs_restore_check_args(a->how, err);
 }
 
 int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 {
-	struct restore_args a = {.n = 1, .ready_s = FFS_AGENT_READY_S};
+	_cleanup_(ffs_restore_args_free) struct ffs_restore_args how = {0};
+	struct restore_args a = {.how = &how, .n = 1};
 	_cleanup_(ffs_tree_close) struct ffs_tree t = FFS_TREE_INIT;
-	struct ffs_restore r = {.tree = &t, .memory_fd = -1, .began_ns = ffs_now_ns()};
-	const struct ffs_opt opts[] = {
+	struct ffs_restore r;
+	struct ffs_opt opts[FFS_RESTORE_OPTS + 9] = {
 		{NULL, 'n', FFS_OPT_VALUE, &a.count},
-		{"vmm", 0, FFS_OPT_VALUE, &a.vmm},
-		{"conf", 0, FFS_OPT_VALUE, &a.conf},
-		{"dir", 0, FFS_OPT_VALUE, &a.dir},
 		{"attach", 0, FFS_OPT_VALUE, &a.attach},
 		{"track", 0, FFS_OPT_FLAG, &a.track},
 		{"paused", 0, FFS_OPT_FLAG, &a.paused},
-		{"backend", 0, FFS_OPT_VALUE, &a.backend},
-		{"no-prefetch", 0, FFS_OPT_FLAG, &a.no_prefetch},
-		{"drive", 0, FFS_OPT_EACH, &r.drives},
-		{"net", 0, FFS_OPT_EACH, &r.nets},
 		{"ack", 0, FFS_OPT_VALUE, &a.ack},
 		{"no-ack", 0, FFS_OPT_FLAG, &a.no_ack},
-		{"ack-address", 0, FFS_OPT_VALUE, &a.ack_address},
-		{"healthy", 0, FFS_OPT_FLAG, &a.healthy},
-		{"ready-timeout", 0, FFS_OPT_VALUE, &a.ready},
-		{"accept-torn", 0, FFS_OPT_FLAG, &a.torn},
-		{"trust", 0, FFS_OPT_FLAG, &a.trust},
-		{"as-served", 0, FFS_OPT_FLAG, &a.as_served},
 		{"show", 0, FFS_OPT_FLAG, &a.show},
-		{"mount", 0, FFS_OPT_VALUE, &a.mount},
 		{"help", 'h', FFS_OPT_FLAG, &a.help},
-		{0},
 	};
+	struct ffs_target target;
 	struct ffs_error err = {0};
 	int n, code, own = argc;
 
+	ffs_restore_opts(&how, opts + 8);
 	for (int i = 1; i < argc && own == argc; i++)
 		if (!strcmp(argv[i], "--"))
 			own = i;
@@ -561,38 +331,24 @@ int ffs_cmd_restore(const struct ffs_command *self, int argc, char **argv)
 		return ffs_usage_help(self);
 	if (n != 1)
 		return ffs_usage_error(self, "one NAME/BRANCH[/FORK] is wanted; the VMM's own options go after --");
-	if (ffs_target_parse(argv[0], FFS_TARGET_BRANCH | FFS_TARGET_FORK, &r.target, &err) < 0 || check_args(&a, &err) < 0)
+	if (ffs_target_parse(argv[0], FFS_TARGET_BRANCH | FFS_TARGET_FORK, &target, &err) < 0 || check_args(&a, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
-	if (a.ack && !r.target.fork[0])
+	if (a.ack && !target.fork[0])
 		return ffs_usage_error(self, "--ack is for the mailboxes of a fork: NAME/BRANCH/FORK");
-	r.trust = a.trust;
+	if (own < argc) {
+		how.user_arg = (const char *const *)argv + own + 1;
+		how.n_user_args = (unsigned)(argc - own - 1);
+	}
+	ffs_restore_init(&r, &t, &target, &how);
 	r.paused = a.paused;
-	r.backend = a.backend;
-	r.no_prefetch = a.no_prefetch;
 	r.ack_all = a.ack;
 	r.ack_ms = a.ack_ms;
 	r.ack_none = a.no_ack;
-	r.ack_address = a.ack_address;
-	r.healthy = a.healthy;
-	r.ready_s = a.ready_s;
-	if (own < argc) {
-		r.user_arg = (const char *const *)argv + own + 1;
-		r.n_user_args = (unsigned)(argc - own - 1);
-	}
-	r.notes = json_object_new_array();
 	ffs_interrupt_install();
-	if (ffs_tree_open(&t, a.mount, &err) < 0)
+	if (ffs_tree_open(&t, how.mount, &err) < 0)
 		code = ffs_failure(self, &err);
 	else
 		code = restore(self, &r, &a);
-	if (r.ops && r.ops->end)
-		r.ops->end(&r);
-	ffs_restore_conf_free(&r.conf);
-	ffs_close_fd(&r.memory_fd);
-	free(r.page);
-	ffs_words_free(&r.drives);
-	ffs_words_free(&r.nets);
-	json_object_put(r.notes);
-	json_object_put(r.status);
+	ffs_restore_end(&r);
 	return code;
 }

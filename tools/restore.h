@@ -1,5 +1,7 @@
 /* Starting VMs from a branch: what `forkfs restore` and its kinds of VMM share.
- *   cmd-restore.c        the command: what the branch is, the children side by side, what is printed
+ *   cmd-restore.c        the command: the children side by side, what is printed
+ *   restore-begin.c      what the branch is, and what its children have in common
+ *   restore-start.c      one child: loaded, running, awaited
  *   restore-child.c      one process: its directory, its descriptors, its life
  *   restore-image.c      what its children map
  *   restore-fork.c       a fork's own pages, written into its children
@@ -65,13 +67,14 @@ struct ffs_restore_page;
 struct ffs_restore {
 	const struct ffs_tree *tree;
 	struct ffs_target target;
+	int branch_fd;              /* its directory: whatever is read of it is of this one */
 	struct json_object *status; /* of the branch */
 	struct json_object *vmm;    /* in it: kind, version, command_line, … ; untrusted */
 	uint64_t memory_size;
 	bool writing;                /* its capture is still going on */
 	bool trust, paused, imported, no_prefetch;
 	const char *backend;         /* --backend: "file", "uffd"; NULL: not said. Of the kind firecracker only */
-	struct ffs_words drives, nets; /* --drive, --net: ID=VALUE each. Of the kind firecracker only */
+	struct ffs_words drives, nets; /* --drive, --net: ID=VALUE each, borrowed. Of the kind firecracker only */
 	struct ffs_restore_conf conf;
 	const char *const *user_arg; /* what came after -- */
 	unsigned n_user_args;
@@ -92,6 +95,35 @@ struct ffs_restore {
 	/* what was replaced or left out of the command line, a sentence each; JSON array */
 	struct json_object *notes;
 };
+
+/* ---- restore-begin.c ---- */
+
+/* What is said on a command line of how children are started. */
+struct ffs_restore_args {
+	const char *vmm, *conf, *dir, *mount, *backend, *ack_address, *ready;
+	struct ffs_words drives, nets;
+	bool trust, torn, as_served, no_prefetch, healthy;
+	unsigned ready_s; /* of ready, when it has been checked */
+	const char *const *user_arg; /* what came after -- */
+	unsigned n_user_args;
+};
+#define FFS_RESTORE_OPTS 14
+void ffs_restore_opts(struct ffs_restore_args *a, struct ffs_opt out[FFS_RESTORE_OPTS]);
+int ffs_restore_check_args(struct ffs_restore_args *a, struct ffs_error *err);
+bool ffs_restore_is_uffd(const struct ffs_restore_args *a);
+/* Where the directories of the children are made. */
+const char *ffs_restore_dir(const struct ffs_restore_args *a);
+void ffs_restore_args_free(struct ffs_restore_args *a);
+
+/* `a` must live as long as r does. */
+void ffs_restore_init(struct ffs_restore *r, const struct ffs_tree *t, const struct ffs_target *target,
+	const struct ffs_restore_args *a);
+/* Look at the branch, and make the plan of its kind: all that can be refused is refused here. */
+int ffs_restore_plan(struct ffs_restore *r, const struct ffs_restore_args *a, struct ffs_error *err);
+/* Open what the children share. */
+int ffs_restore_begin(struct ffs_restore *r, const struct ffs_restore_args *a, struct ffs_error *err);
+/* Also after a failure, when no child is being started any more. */
+void ffs_restore_end(struct ffs_restore *r);
 
 /* ---- restore-image.c ---- */
 
@@ -199,6 +231,23 @@ void ffs_child_release(struct ffs_child *c);
 void ffs_child_socket(struct ffs_child *c, const char *what, const char *name, char path[160]);
 /* Run a program for what it prints on stdout (at most 256 KiB), which the caller frees. -EIO when it cannot be run. */
 int ffs_ask_program(const char *const argv[], char **out, struct ffs_error *err);
+
+/* ---- restore-start.c ---- */
+
+/* Under `lock`: once `closed`, no process is started any more. */
+struct ffs_restore_gate {
+	pthread_mutex_t *lock;
+	const bool *closed;
+};
+/* Start a child that has its directory, and load the branch. Its thread. A failure is explained; the caller destroys it. */
+int ffs_restore_load(struct ffs_restore *r, struct ffs_child *c, const struct ffs_restore_gate *gate, struct ffs_error *err);
+/* Go on from there until it runs (r->paused: not); ffs_restore_hooks_before() has been called. */
+int ffs_restore_run(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
+/* Wait for what its guest has to say. */
+int ffs_restore_await(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
+/* What is printed of it. */
+struct json_object *ffs_restore_line(struct ffs_restore *r, const struct ffs_child *c);
+const struct ffs_argv *ffs_restore_environment(const struct ffs_restore *r);
 
 /* ---- kinds ---- */
 
