@@ -117,6 +117,9 @@ uint64_t ffs_sandbox_memory_size(const struct ffs_sandbox *sb);
  * bytes need be of one instant. Offsets are those of memory.bin; bytes read, short at the end; -ESRCH: the VM was
  * let go or is gone; -EFAULT: its memory is not what it was. At most 2 MiB a call. */
 ssize_t ffs_sandbox_read_memory(struct ffs_sandbox *sb, void *buf, size_t len, uint64_t off);
+/* The same of the first 8 bytes of each of so many pages (4096 bytes) from `off`, which is at a page: for a search. 0,
+ * -EINVAL (not within the memory), or as above. */
+int ffs_sandbox_read_heads(struct ffs_sandbox *sb, uint64_t *head, size_t pages, uint64_t off);
 /* Last known run state (VMM events and the pidfd keep it fresh); never waits for the VMM. */
 enum ffs_run_state ffs_sandbox_state(struct ffs_sandbox *sb);
 /* A new JSON object for `status`, owned by the caller (json_object_put). Never waits for the VMM. Keys: name,

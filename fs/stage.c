@@ -87,6 +87,13 @@ static ssize_t read_running(void *arg, void *buf, size_t len, uint64_t off, stru
 	return n < 0 ? ffs_error_errno(err, (int)-n, "the VM's memory can't be read") : n;
 }
 
+static int heads_running(void *arg, uint64_t *head, size_t pages, uint64_t off, struct ffs_error *err)
+{
+	int r = ffs_sandbox_read_heads(arg, head, pages, off);
+
+	return r < 0 ? ffs_error_errno(err, -r, "the VM's memory can't be read") : 0;
+}
+
 static int running_memory(struct ffs_sbx *sbx, struct ffs_mailbox_memory *out, struct ffs_error *err)
 {
 	pthread_mutex_lock(&sbx->fs->lock);
@@ -96,7 +103,7 @@ static int running_memory(struct ffs_sbx *sbx, struct ffs_mailbox_memory *out, s
 	if (!engine)
 		return ffs_error_set(err, ESRCH, "sandbox '%s' has no VM that runs", sbx->name);
 	*out = (struct ffs_mailbox_memory){
-		.size = ffs_sandbox_memory_size(engine), .fd = -1, .read = read_running, .arg = engine};
+		.size = ffs_sandbox_memory_size(engine), .fd = -1, .read = read_running, .heads = heads_running, .arg = engine};
 	return 0;
 }
 

@@ -7,6 +7,8 @@
 
 #include "branch/internal.h"
 
+#define PAGE 4096ull
+
 static int read_region(struct ffs_tracker *t, unsigned i, void *buf, size_t len, uint64_t off)
 {
 	bool zero = false;
@@ -32,12 +34,19 @@ static int read_all(struct ffs_tracker *t, char *buf, size_t len, uint64_t off)
 	return r;
 }
 
-ssize_t ffs_sandbox_read_memory(struct ffs_sandbox *sb, void *buf, size_t len, uint64_t off)
+static struct ffs_tracker *tracker_of(struct ffs_sandbox *sb)
 {
 	pthread_mutex_lock(&sb->lock);
 	struct ffs_tracker *t = sb->detached || !sb->tracker ? NULL : ffs_tracker_ref(sb->tracker);
 
 	pthread_mutex_unlock(&sb->lock);
+	return t;
+}
+
+ssize_t ffs_sandbox_read_memory(struct ffs_sandbox *sb, void *buf, size_t len, uint64_t off)
+{
+	struct ffs_tracker *t = tracker_of(sb);
+
 	if (!t)
 		return -ESRCH;
 	if (off >= t->geo.memory_size)
@@ -50,4 +59,37 @@ ssize_t ffs_sandbox_read_memory(struct ffs_sandbox *sb, void *buf, size_t len, u
 	pthread_rwlock_unlock(&t->reading);
 	ffs_tracker_unref(t);
 	return r < 0 ? r : (ssize_t)len;
+}
+
+static int heads_of_all(struct ffs_tracker *t, uint64_t *head, size_t pages, uint64_t off)
+{
+	uint64_t end = off + pages * PAGE;
+	int r = t->memory ? 0 : -ESRCH;
+
+	for (unsigned i = 0; !r && i < t->geo.n_regions; i++) {
+		const struct ffs_region *g = &t->geo.regions[i];
+		uint64_t from = off > g->offset ? off : g->offset;
+		uint64_t to = end < g->offset + g->size ? end : g->offset + g->size;
+
+		if (from < to)
+			r = ffs_memory_read_heads(
+				t->memory, i, from - g->offset, head + (from - off) / PAGE, (size_t)((to - from) / PAGE));
+	}
+	return r;
+}
+
+int ffs_sandbox_read_heads(struct ffs_sandbox *sb, uint64_t *head, size_t pages, uint64_t off)
+{
+	struct ffs_tracker *t = tracker_of(sb);
+	int r = -EINVAL;
+
+	if (!t)
+		return -ESRCH;
+	if (off % PAGE == 0 && off <= t->geo.memory_size && pages <= (t->geo.memory_size - off) / PAGE) {
+		pthread_rwlock_rdlock(&t->reading);
+		r = heads_of_all(t, head, pages, off);
+		pthread_rwlock_unlock(&t->reading);
+	}
+	ffs_tracker_unref(t);
+	return r;
 }

@@ -299,6 +299,83 @@ int ffs_memory_read(struct ffs_memory *m, unsigned i, uint64_t off, void *buf, s
 	return 0;
 }
 
+/* ---- the beginnings of pages ------------------------------------------------------------------- */
+
+/* Of pages that the VMM has not mapped, or not as its own: what its file has there, zeros in holes. */
+static int heads_of_file(int fd, uint64_t off, uint64_t *head, size_t n)
+{
+	uint64_t end = off + n * PAGE, at = off;
+
+	memset(head, 0, n * sizeof(*head));
+	while (at < end) {
+		off_t data = lseek(fd, (off_t)at, SEEK_DATA), hole;
+
+		if (data < 0 && errno == ENXIO)
+			break;
+		if (data > (off_t)at)
+			at = (uint64_t)data / PAGE * PAGE;
+		hole = data < 0 ? -1 : lseek(fd, (off_t)at, SEEK_HOLE);
+		for (uint64_t stop = hole < 0 || (uint64_t)hole > end ? end : (uint64_t)hole; at < stop; at += PAGE) {
+			ssize_t got = ffs_pread_full(fd, head + (at - off) / PAGE, sizeof(*head), at);
+
+			if (got != (ssize_t)sizeof(*head))
+				return got < 0 ? (int)got : -EFAULT;
+		}
+	}
+	return 0;
+}
+
+/* Up to BATCH pages: those that are mapped by one system call, however few bytes it reads of each. */
+static int read_heads(struct ffs_memory *m, unsigned i, uint64_t off, uint64_t *head, unsigned n)
+{
+	const struct ffs_region *r = &m->geo.regions[i];
+	uint64_t first = (r->hva + off) / PAGE, entry[BATCH];
+	struct iovec local[BATCH / 2 + 1], remote[BATCH];
+	unsigned runs = 0, there = 0;
+	int e = look_up(m, first, n, entry);
+
+	for (unsigned p = 0; !e && p < n;) {
+		unsigned from = p;
+
+		while (p < n && is_there(entry[p])) {
+			remote[there++] = (struct iovec){
+				.iov_base = (void *)(uintptr_t)((first + p) * PAGE), .iov_len = sizeof(*head)};
+			p++;
+		}
+		if (p > from)
+			local[runs++] = (struct iovec){.iov_base = head + from, .iov_len = (p - from) * sizeof(*head)};
+		from = p;
+		while (p < n && !is_there(entry[p]))
+			p++;
+		if (p > from && m->fd[i] < 0)
+			memset(head + from, 0, (p - from) * sizeof(*head));
+		else if (p > from)
+			e = heads_of_file(m->fd[i], r->file_offset + off + from * PAGE, head + from, p - from);
+	}
+	if (e || !there)
+		return e;
+	ssize_t got = process_vm_readv(m->proc.pid, local, runs, remote, there, 0);
+
+	if (got == (ssize_t)(there * sizeof(*head)))
+		return 0;
+	if (got < 0 && errno != EFAULT)
+		return -errno;
+	return look_up(m, first, 1, entry) == -ESRCH ? -ESRCH : -EFAULT;
+}
+
+int ffs_memory_read_heads(struct ffs_memory *m, unsigned i, uint64_t off, uint64_t *head, size_t n)
+{
+	uint64_t len, end;
+	int e = FFS_FAULT("memory-read");
+
+	if (i >= m->geo.n_regions || off % PAGE || ffs_mul_overflow(n, PAGE, &len) || ffs_add_overflow(off, len, &end) ||
+		end > m->geo.regions[i].size)
+		return -EINVAL;
+	for (size_t done = 0; !e && done < n; done += BATCH)
+		e = read_heads(m, i, off + done * PAGE, head + done, n - done < BATCH ? (unsigned)(n - done) : BATCH);
+	return e;
+}
+
 /* ---- checking -------------------------------------------------------------------------------- */
 
 static const char *difference(const struct ffs_memory *m, unsigned i, const struct ffs_vma *vma, unsigned n)

@@ -19,7 +19,7 @@
 
 #define MAX_THREADS 4
 #define FILE_PIECE (32ull << 20) /* mapped at once */
-#define READ_PIECE (1ull << 20)
+#define READ_PIECE (1ull << 20) /* copied at once; the heads of a FILE_PIECE are fewer bytes */
 
 struct scan {
 	const struct ffs_mailbox_memory *mem;
@@ -86,24 +86,26 @@ static int append(struct scan *s, const struct ffs_mailbox_frame *f, struct ffs_
 /* What all magics begin with: one comparison a page. */
 static const char common[8] = {'H', 'Y', 'P', 'E', 'M', 'A', 'N', '_'};
 
-static void look(struct scan *s, const char *bytes, uint64_t len, uint64_t off)
+static void candidate(struct scan *s, const void *page, uint64_t off)
 {
-	struct ffs_mailbox_frame f;
+	struct ffs_mailbox_frame f = {.offset = off};
 	struct ffs_error why = {0};
 
-	for (uint64_t at = 0; at + FFS_MAILBOX_PAGE <= len; at += FFS_MAILBOX_PAGE) {
-		if (memcmp(bytes + at, common, sizeof(common)) != 0 || !ffs_mailbox_parse(bytes + at, &f.id))
-			continue;
-		f.offset = off + at;
-		pthread_mutex_lock(&s->lock);
-		int r = append(s, &f, &why);
+	if (!ffs_mailbox_parse(page, &f.id))
+		return;
+	pthread_mutex_lock(&s->lock);
+	int r = append(s, &f, &why);
 
-		pthread_mutex_unlock(&s->lock);
-		if (r < 0) {
-			fail(s, r, &why);
-			return;
-		}
-	}
+	pthread_mutex_unlock(&s->lock);
+	if (r < 0)
+		fail(s, r, &why);
+}
+
+static void look(struct scan *s, const char *bytes, uint64_t len, uint64_t off)
+{
+	for (uint64_t at = 0; at + FFS_MAILBOX_PAGE <= len && !atomic_load(&s->stop); at += FFS_MAILBOX_PAGE)
+		if (memcmp(bytes + at, common, sizeof(common)) == 0)
+			candidate(s, bytes + at, off + at);
 }
 
 /* Only what is data is touched: a hole would get a page by being looked at. */
@@ -133,17 +135,45 @@ static void look_at_file(struct scan *s, uint64_t off, uint64_t len)
 	munmap(map, len);
 }
 
+static void cannot_read(struct scan *s, ssize_t code, struct ffs_error *why)
+{
+	if (!why->text[0])
+		ffs_error_errno(why, (int)-code, "memory can't be searched for mailboxes");
+	fail(s, (int)code, why);
+}
+
 static void look_at_read(struct scan *s, char *buf, uint64_t off, uint64_t len)
 {
 	struct ffs_error why = {0};
 	ssize_t n = s->mem->read(s->mem->arg, buf, len, off, &why);
 
-	if (n < 0) {
-		if (!why.text[0])
-			ffs_error_errno(&why, (int)-n, "memory can't be searched for mailboxes");
-		fail(s, (int)n, &why);
-	} else {
+	if (n < 0)
+		cannot_read(s, n, &why);
+	else
 		look(s, buf, (uint64_t)n, off);
+}
+
+/* Of running memory: what begins as a frame is read whole, and may be another by then. */
+static void look_at_heads(struct scan *s, uint64_t *head, uint64_t off, uint64_t len)
+{
+	size_t pages = len / FFS_MAILBOX_PAGE;
+	struct ffs_error why = {0};
+	char page[FFS_MAILBOX_PAGE];
+	int r = s->mem->heads(s->mem->arg, head, pages, off, &why);
+
+	if (r < 0) {
+		cannot_read(s, r, &why);
+		return;
+	}
+	for (size_t i = 0; i < pages && !atomic_load(&s->stop); i++) {
+		if (memcmp(&head[i], common, sizeof(common)) != 0)
+			continue;
+		ssize_t n = s->mem->read(s->mem->arg, page, sizeof(page), off + i * FFS_MAILBOX_PAGE, &why);
+
+		if (n < 0)
+			cannot_read(s, n, &why);
+		else if ((size_t)n == sizeof(page))
+			candidate(s, page, off + i * FFS_MAILBOX_PAGE);
 	}
 }
 
@@ -166,6 +196,8 @@ static void *work(void *arg)
 
 		if (s->mem->fd >= 0)
 			look_at_file(s, off, len);
+		else if (s->mem->heads)
+			look_at_heads(s, (uint64_t *)(void *)buf, off, len);
 		else
 			look_at_read(s, buf, off, len);
 	}
@@ -183,7 +215,7 @@ int ffs_mailbox_scan(
 	const struct ffs_mailbox_memory *mem, struct ffs_mailbox_frames *out, struct ffs_error *err)
 {
 	struct scan s = {.mem = mem,
-		.piece = mem->fd >= 0 ? FILE_PIECE : READ_PIECE,
+		.piece = mem->fd >= 0 || mem->heads ? FILE_PIECE : READ_PIECE,
 		.lock = PTHREAD_MUTEX_INITIALIZER};
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 	pthread_t thread[MAX_THREADS - 1];

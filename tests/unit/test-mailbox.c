@@ -262,6 +262,22 @@ static ssize_t read_memory(void *arg, void *buf, size_t len, uint64_t off, struc
 	return ffs_pread_full(*(int *)arg, buf, len, off);
 }
 
+/* Of memory that runs: between the two looks the guest may have written anything. */
+static int read_heads(void *arg, uint64_t *head, size_t pages, uint64_t off, struct ffs_error *err)
+{
+	for (size_t i = 0; i < pages; i++) {
+		head[i] = 0;
+		if (ffs_pread_full(*(int *)arg, &head[i], sizeof(*head), off + i * PAGE) < 0)
+			return -errno;
+	}
+	return 0;
+}
+
+static int heads_fail(void *arg, uint64_t *head, size_t pages, uint64_t off, struct ffs_error *err)
+{
+	return -ESRCH;
+}
+
 static const struct ffs_mailbox_frame *find(const struct ffs_mailbox_frames *in, const char *name,
 	const char *token, int want, struct ffs_error *err)
 {
@@ -327,6 +343,9 @@ static void test_find(void **state)
 	assert_int_equal(before.st_blocks, after.st_blocks);
 	mem.fd = -1;
 	check_finding(&mem);
+	mem.heads = read_heads;
+	check_finding(&mem);
+	mem.heads = NULL;
 	/* memory that ends within a page has no frame there */
 	mem.size += 100;
 	check_finding(&mem);
@@ -391,6 +410,9 @@ static void test_scan_fails(void **state)
 
 	assert_int_equal(ffs_mailbox_scan(&mem, &in, &err), -EIO);
 	assert_string_equal(err.text, "the branch failed");
+	assert_null(in.frame);
+	mem.heads = heads_fail;
+	assert_int_equal(ffs_mailbox_scan(&mem, &in, &err), -ESRCH);
 	assert_null(in.frame);
 }
 
