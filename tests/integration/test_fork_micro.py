@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import pathlib
+import re
 
 from forkfs_test import children, rig
 from forkfs_test.api import ApiRig
@@ -62,6 +64,66 @@ def test_hundred(case):
         child.drop()
     assert r.guest.mails() == []
     r.guest.check_runs()
+
+
+def resident(pid):
+    """KiB of a process that are in memory."""
+    return int(re.search(r"^Rss:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M).group(1))
+
+
+def test_found_running(case):
+    """Mailboxes of a running VM are found in every kind of memory, and pages that nobody has touched stay so."""
+    mount = case.mount()
+    for kind in ("memfd", "anonymous", "thp"):
+        vm = MicroVm(case, kind, mib=MIB, kind=kind, mailbox="config,s3cret").booted()
+        vm.status("pause")  # what grows then, we have made grow
+        sandbox = mount.attach(vm)
+        before = resident(vm.pid)
+        assert os.listdir(sandbox / "mailboxes") == ["config"], kind
+        assert resident(vm.pid) == before, kind
+        vm.status("resume")
+        branch = sandbox / "branches/b1"
+        branch.mkdir()
+        assert rig.wait_settled(branch) == "ready"
+    # a child has most of its memory in a file only, and the pages of its fork beside it
+    fork(branch, "c1", '{"task":1}')
+    (child,), _ = children.run_micro(mount, f"{kind}/b1/c1", "--attach", "child")
+    assert child.mail()[1] == '{"task":1}'
+    child.status("pause")
+    before = child.maps().count("\n"), resident(child.pid)
+    assert os.listdir(mount.path / "child/mailboxes") == ["config"]
+    assert (child.maps().count("\n"), resident(child.pid)) == before
+    # a frame that the guest has taken back is not there any more
+    vm.status("pause")
+    hva = vm.status()["hva"]
+    with open(f"/proc/{vm.pid}/mem", "rb+", buffering=0) as memory:
+        for page in range(0, MIB << 20, PAGE):
+            memory.seek(hva + page)
+            if memory.read(8) == b"HYPEMAN_":
+                memory.seek(hva + page)
+                memory.write(b"x")
+    assert os.listdir(mount.path / f"{kind}/mailboxes") == []
+
+
+def test_acknowledges(case):
+    """The guest acknowledges in its page what wants that, and nothing else; a child of the child does so again."""
+    r, branch = guest(case)
+    target = r.sandbox
+    for n in range(2):
+        rig.request(target / "ctl", fork={"branch": "b1", "name": "c", "mailboxes": [
+            {"name": "config", "payload": {"generation": n}, "wait_for_ack": True}]})
+        (child,), _ = children.run_micro(r.mount, f"{target.name}/b1/c", "--attach", f"g{n}")
+        (ack,) = child.said["acks"]
+        assert (ack["mailbox"], ack["state"]) == ("config", "applied"), child.said
+        assert not sum(child.said["acks_ignored"].values()), child.said
+        assert f'"generation": {n}}}' in child.mail()[1]
+        target = r.mount.path / f"g{n}"
+        branch = target / "branches/b1"
+        branch.mkdir()
+        assert rig.wait_settled(branch) == "ready"
+    fork(branch, "plain", '{"generation":2}')
+    (child,), _ = children.run_micro(r.mount, f"{target.name}/b1/plain")
+    assert child.mail()[1] == '{"generation":2}' and "acks" not in child.said
 
 
 def test_generations(case):

@@ -10,8 +10,8 @@
  * in xmm0 too, xmm1 the epoch that the mailbox had last.
  *
  * With a mailbox it looks at seq before every step, and says what it finds there: "mail EPOCH PAYLOAD", with
- * "again" in place of the epoch when it is the last one's, or "mail damaged". Then the mailbox is free for the
- * next. A fork's child has its payload there when it wakes up. */
+ * "again" in place of the epoch when it is the last one's, or "mail damaged". It acknowledges in the page what wants
+ * that. Then the mailbox is free for the next. A fork's child has its payload there when it wakes up. */
 #include "machine.h"
 
 /* rax: place -> page of this sweep; may be behind the last one, as the bijection is of a power of two */
@@ -190,8 +190,24 @@ mail:	mov	$SERIAL_PORT, %edx
 	inc	%rsi
 	dec	%r10d
 	jnz	3b
+	put	'\n'
+	testb	$MAILBOX_WANTS_ACK, GPA_MAILBOX + MAILBOX_FLAGS
+	jz	5f
+	mov	$-1, %eax		/* of the epoch and the name */
+	mov	$GPA_MAILBOX + MAILBOX_EPOCH, %esi
+	mov	$16, %ecx
+	call	crc
+	mov	$GPA_MAILBOX + MAILBOX_NAME, %esi
+3:	mov	$1, %ecx
+	call	crc
+	cmpb	$0, (%rsi)
+	jne	3b
+	not	%eax
+	mov	%eax, GPA_MAILBOX + MAILBOX_ACK + 4
+	movl	$1, GPA_MAILBOX + MAILBOX_ACK
+	jmp	5f
 4:	put	'\n'
-	movl	$0, GPA_MAILBOX + MAILBOX_SEQ
+5:	movl	$0, GPA_MAILBOX + MAILBOX_SEQ
 	ret
 again:	.irp	char, 'a, 'g, 'a, 'i, 'n
 	put	\char

@@ -22,6 +22,8 @@
 #define MAILBOX_NAME 24      /* within the page, all of these */
 #define MAILBOX_CRC 224
 #define MAILBOX_FLAGS 228
+#define MAILBOX_WANTS_ACK 2
+#define MAILBOX_ACK 232
 #define MAILBOX_EPOCH 240
 #define MAILBOX_SEQ 256
 #define MAILBOX_LENGTH 260
