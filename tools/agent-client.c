@@ -4,6 +4,7 @@
  * started: connecting, binding and a spawn, none of which waits for anybody. */
 #include <errno.h>
 #include <fcntl.h>
+#include <json-c/json.h>
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
@@ -19,7 +20,9 @@
 #include "agent-link.h"
 #include "base/cleanup.h"
 #include "base/util.h"
+#include "options.h"
 #include "restore-qemu-args.h"
+#include "tree.h"
 
 #define COMMAND_LINE_MAX (1u << 20)
 #define GOODBYE_MS 1000
@@ -189,41 +192,79 @@ int ffs_agent_next(int fd, struct ffs_agent_input *in, struct agent_frame *out)
 	}
 }
 
-/* Until something comes from the link: 0; -ECONNRESET: the VM has ended, and its link has nothing to say about it. */
-static int wait_for_link(int fd, int pidfd)
+/* Until something comes from the link: 1; 0: not until the deadline; -ECONNRESET: the VM has ended, and its link has nothing
+ * to say about it. */
+static int wait_for_link(int fd, int pidfd, uint64_t deadline)
 {
 	struct pollfd p[2] = {{.fd = fd, .events = POLLIN}, {.fd = pidfd, .events = POLLIN}};
+	int n;
 
-	while (poll(p, 2, -1) < 0)
-		if (errno != EINTR)
-			return -errno;
+	do
+		n = poll(p, 2, deadline == UINT64_MAX ? -1 : ffs_ms_until(deadline));
+	while (n < 0 && errno == EINTR);
+	if (n <= 0)
+		return n < 0 ? -errno : 0;
 	/* it sees the end too, and goes: what it says is better than what we know */
-	if (!p[0].revents && poll(p, 1, GOODBYE_MS) < 1)
-		return -ECONNRESET;
-	return 0;
+	return p[0].revents || poll(p, 1, GOODBYE_MS) == 1 ? 1 : -ECONNRESET;
+}
+
+/* The link's next answer, in *json: 1, 0 at the deadline, or -errno with its sentence. */
+static int next_answer(int fd, int pidfd, uint64_t deadline, struct ffs_agent_input *in, char **json, struct ffs_error *err)
+{
+	struct agent_frame f;
+	int r = 1;
+
+	while (r > 0) {
+		r = in->at < in->len ? 1 : wait_for_link(fd, pidfd, deadline);
+		if (r == 0)
+			return 0;
+		if (r > 0)
+			r = ffs_agent_next(fd, in, &f);
+		if (r == 0)
+			r = -ECONNRESET;
+		if (r > 0 && f.type == AGENT_ERROR)
+			return ffs_error_set(err, EIO, "%.*s", (int)(f.len > 400 ? 400 : f.len), (const char *)f.payload);
+		if (r > 0 && f.type == AGENT_STATUS) {
+			*json = strndup((const char *)f.payload, f.len);
+			return *json ? 1 : ffs_error_set(err, ENOMEM, "no memory for an answer");
+		}
+	}
+	return ffs_error_errno(err, -r, "the link to the guest's agent");
 }
 
 int ffs_agent_wait(int fd, int pidfd, char **json, struct ffs_error *err)
 {
 	_cleanup_free_ struct ffs_agent_input *in = calloc(1, sizeof(*in));
-	struct agent_frame f;
+	_cleanup_free_ char *said = NULL;
 	int r = in ? ffs_agent_send(fd, AGENT_STATUS, 0, NULL, 0) : -ENOMEM;
 
-	while (r >= 0) {
-		r = in->at < in->len ? 0 : wait_for_link(fd, pidfd);
-		if (r == 0)
-			r = ffs_agent_next(fd, in, &f);
-		if (r == 1 && f.type == AGENT_ERROR)
-			return ffs_error_set(err, EIO, "%.*s", (int)(f.len > 400 ? 400 : f.len), (const char *)f.payload);
-		if (r == 1 && f.type == AGENT_STATUS) {
-			if (json && !(*json = strndup((const char *)f.payload, f.len)))
-				return ffs_error_set(err, ENOMEM, "no memory for an answer");
-			return 0;
-		}
-		if (r == 0)
-			r = -ECONNRESET;
-	}
-	return ffs_error_errno(err, -r, "the link to the guest's agent");
+	if (r < 0)
+		return ffs_error_errno(err, -r, "the link to the guest's agent");
+	r = next_answer(fd, pidfd, UINT64_MAX, in, &said, err);
+	if (json)
+		*json = ffs_steal_ptr(&said);
+	return r < 0 ? r : 0;
+}
+
+int ffs_agent_health(int fd, unsigned seconds, char **json, struct ffs_error *err)
+{
+	_cleanup_free_ struct ffs_agent_input *in = calloc(1, sizeof(*in));
+	uint64_t deadline = ffs_now_ns() + seconds * FFS_NS_PER_S;
+	int r = in ? ffs_agent_send(fd, AGENT_HEALTH, 0, "\1", 1) : -ENOMEM;
+
+	if (r < 0)
+		return ffs_error_errno(err, -r, "the link to the guest's agent");
+	r = next_answer(fd, -1, deadline, in, json, err);
+	if (r)
+		return r;
+	/* the guest has not; its link does at once */
+	r = ffs_agent_send(fd, AGENT_HEALTH, 0, "\0", 1);
+	if (r < 0)
+		return ffs_error_errno(err, -r, "the link to the guest's agent");
+	r = next_answer(fd, -1, ffs_now_ns() + GOODBYE_MS * FFS_NS_PER_MS, in, json, err);
+	if (r == 0)
+		return ffs_error_set(err, ETIMEDOUT, "the guest's agent has not answered within %u s: not even the connection was taken", seconds);
+	return r < 0 ? r : 0;
 }
 
 /* ---- where a QEMU has it ---- */
@@ -288,4 +329,26 @@ int ffs_agent_find(pid_t pid, char **out, struct ffs_error *err)
 	for (size_t at = 0; at < len && n < count; at += strlen(text + at) + 1)
 		word[n++] = text + at;
 	return ffs_agent_find_in(word, n, cwd, out, err);
+}
+
+int ffs_agent_of(const char *sandbox, const char *mount, pid_t *pid, char **out, struct ffs_error *err)
+{
+	_cleanup_(ffs_tree_close) struct ffs_tree t = FFS_TREE_INIT;
+	struct json_object *status = NULL;
+	struct ffs_target target;
+	char file[80];
+	int got = ffs_target_parse(sandbox, FFS_TARGET_SANDBOX, &target, err);
+
+	if (!got)
+		got = ffs_tree_open(&t, mount, err);
+	if (!got)
+		got = ffs_tree_check_target(&t, &target, err);
+	snprintf(file, sizeof(file), "%s/status", target.sandbox);
+	if (!got)
+		got = ffs_tree_json(&t, file, &status, err);
+	if (got < 0)
+		return got;
+	*pid = (pid_t)ffs_json_u64(status, "pid");
+	json_object_put(status);
+	return ffs_agent_find(*pid, out, err);
 }

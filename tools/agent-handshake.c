@@ -112,3 +112,9 @@ void ffs_health_answer(struct ffs_health *h, uint64_t now_ns)
 	h->pause_ns = FFS_HEALTH_FAST_NS;
 	h->due_ns = now_ns + FFS_HEALTH_INTERVAL_NS;
 }
+
+void ffs_health_now(struct ffs_health *h, uint64_t now_ns)
+{
+	if (!h->waiting)
+		h->due_ns = now_ns;
+}

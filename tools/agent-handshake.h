@@ -62,3 +62,5 @@ void ffs_health_begin(struct ffs_health *h, uint64_t now_ns);
 /* True: ask now. Otherwise wait until due_ns. */
 bool ffs_health_ask(struct ffs_health *h, uint64_t now_ns);
 void ffs_health_answer(struct ffs_health *h, uint64_t now_ns);
+/* Somebody wants to know: the next question is due at once, unless one waits for its answer. */
+void ffs_health_now(struct ffs_health *h, uint64_t now_ns);

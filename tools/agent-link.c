@@ -27,6 +27,7 @@
 
 #define CLIENTS 64u
 #define ATTEMPT_NS 500000000ull /* HELLO is said again after that */
+#define REST_MAX 256u		/* reads of a connection whose other end is gone */
 #define AGENT_MANY (256u << 10) /* towards the guest: clients are not read beyond */
 #define CLIENT_MANY (1u << 20)  /* towards a client: no guest that keeps to the windows gets there */
 
@@ -34,6 +35,7 @@ struct client {
 	int fd; /* -1: free */
 	uint16_t group;
 	bool ending; /* gets what is left, and no more */
+	bool asks;   /* waits for the guest's next answer to the health monitor */
 	struct agent_decoder dec;
 	struct agent_out out;
 };
@@ -124,6 +126,8 @@ static struct json_object *timing(const struct link *k)
 	json_object_object_add(o, "pid", json_object_new_int((int)k->vm.pid));
 	json_object_object_add(o, "guest_was", json_object_new_string(kinds[k->kind < 3 ? k->kind : 0]));
 	json_object_object_add(o, "healthy", json_object_new_boolean(k->health.healthy));
+	json_object_object_add(o, "missed", json_object_new_int((int)k->health.missed)); /* answers, since the last that came */
+	json_object_object_add(o, "due", k->hs.next < FFS_EDGES ? json_object_new_string(ffs_edge_name(k->hs.next)) : NULL);
 	for (unsigned i = 0; i < k->hs.next && i < FFS_EDGES; i++) {
 		json_object_object_add(phases, ffs_edge_name(i), json_object_new_uint64(k->hs.at_ns[i] - from));
 		from = k->hs.at_ns[i];
@@ -196,15 +200,38 @@ static void take_client(struct link *k)
 	*c = (struct client){.fd = fd, .group = k->last_group};
 }
 
+static void answer(struct link *k, struct client *c)
+{
+	struct json_object *o = timing(k);
+
+	c->asks = false;
+	to_client(k, c, AGENT_STATUS, 0, text_of(o), strlen(text_of(o)));
+	json_object_put(o);
+}
+
+static void answer_all(struct link *k)
+{
+	for (unsigned i = 0; i < CLIENTS; i++)
+		if (k->client[i].fd >= 0 && k->client[i].asks)
+			answer(k, &k->client[i]);
+}
+
 static void from_client(struct link *k, struct client *c, const struct agent_frame *f)
 {
-	struct json_object *o;
+	bool through = k->hs.next == FFS_EDGES;
 
 	switch (f->type) {
 	case AGENT_STATUS:
-		o = timing(k);
-		to_client(k, c, AGENT_STATUS, 0, text_of(o), strlen(text_of(o)));
-		json_object_put(o);
+		c->asks = true;
+		if (through)
+			answer(k, c);
+		return;
+	case AGENT_HEALTH:
+		c->asks = true;
+		if (!f->len || !f->payload[0])
+			answer(k, c);
+		else if (through)
+			ffs_health_now(&k->health, ffs_now_ns());
 		return;
 	case AGENT_EXEC:
 	case AGENT_MAIN:
@@ -213,7 +240,9 @@ static void from_client(struct link *k, struct client *c, const struct agent_fra
 	case AGENT_SIGNAL:
 	case AGENT_RESIZE:
 	case AGENT_WINDOW_MORE:
-		if (f->stream && f->stream <= 0xffff)
+		if (!through)
+			end_client(k, c, "the guest is not ready yet: that is to be waited for");
+		else if (f->stream && f->stream <= 0xffff)
 			to_agent(k, f->type, (uint32_t)c->group << 16 | f->stream, f->payload, f->len);
 		return;
 	default:
@@ -221,7 +250,6 @@ static void from_client(struct link *k, struct client *c, const struct agent_fra
 	}
 }
 
-/* Only when the guest is healthy: what a client says before waits in its socket. */
 static void read_client(struct link *k, struct client *c)
 {
 	uint8_t in[16384];
@@ -264,7 +292,10 @@ static void from_agent_itself(struct link *k, const struct agent_frame *f, uint6
 		ffs_health_answer(&k->health, now);
 		if (k->hs.next == FFS_EDGE_HEALTHY)
 			edge(k, FFS_EDGE_HEALTHY, now);
-	} else if (f->type == AGENT_ERROR && k->hs.next < FFS_EDGES) {
+		if (!k->hs.failed)
+			answer_all(k);
+	} else if (f->type == AGENT_ERROR && k->hs.next > FFS_EDGE_BEGUN && k->hs.next < FFS_EDGES) {
+		/* it has no nonce; before BEGIN everything is of an older session */
 		snprintf(text, sizeof(text), "the guest's agent says: %.*s", (int)(f->len > 150 ? 150 : f->len),
 			(const char *)f->payload);
 		ffs_handshake_fail(&k->hs, EPROTO, text, NULL);
@@ -297,16 +328,17 @@ static void from_agent(struct link *k, const struct agent_frame *f, uint64_t now
 		to_client(k, c, f->type, f->stream & 0xffff, f->payload, f->len);
 }
 
-static void read_agent(struct link *k)
+/* True when something was there. */
+static bool read_agent(struct link *k)
 {
 	uint8_t in[16384];
 	ssize_t n = recv(k->agent, in, sizeof(in), MSG_DONTWAIT);
 
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
-		return;
+		return false;
 	if (n <= 0) {
 		k->over = true;
-		return;
+		return false;
 	}
 	for (size_t at = 0, used; at < (size_t)n && !k->hs.failed; at += used) {
 		struct agent_frame f;
@@ -314,6 +346,7 @@ static void read_agent(struct link *k)
 		if (agent_decode(&k->dec, in + at, (size_t)n - at, &used, &f) == 1)
 			from_agent(k, &f, ffs_now_ns());
 	}
+	return true;
 }
 
 /* ---- the loop ---- */
@@ -344,7 +377,7 @@ static uint64_t do_what_is_due(struct link *k, uint64_t now)
 static void wait_and_serve(struct link *k, uint64_t due)
 {
 	struct pollfd p[3 + CLIENTS];
-	bool serve = k->hs.next == FFS_EDGES && agent_out_waits(&k->out) < AGENT_MANY;
+	bool serve = agent_out_waits(&k->out) < AGENT_MANY;
 
 	p[0] = (struct pollfd){.fd = k->hs.failed ? -1 : k->agent, .events = POLLIN | (agent_out_waits(&k->out) ? POLLOUT : 0)};
 	p[1] = (struct pollfd){.fd = k->pidfd, .events = POLLIN};
@@ -388,6 +421,8 @@ static int connect_agent(struct link *k, struct ffs_error *err)
 	socklen_t len = sizeof(peer);
 	int r = ffs_dial_path(k->l->socket, k->hs.began_ns + k->hs.ready_ns, &k->agent);
 
+	if (r == -EAGAIN)
+		return ffs_handshake_check(&k->hs, ffs_now_ns(), err);
 	if (r < 0)
 		return ffs_error_errno(err, -r, "%s, the socket of the guest's agent", k->l->socket);
 	if (getsockopt(k->agent, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.pid <= 0)
@@ -478,6 +513,9 @@ int ffs_agent_link_run(const struct ffs_agent_link *l, int listener)
 			break;
 		wait_and_serve(&k, due);
 	}
+	/* what it has said to its end, and is here already: the end of a command may be among it */
+	for (unsigned i = 0; i < REST_MAX && k.agent >= 0 && !k.hs.failed && read_agent(&k); i++)
+		;
 	if (!k.hs.failed && k.hs.next < FFS_EDGES)
 		ffs_handshake_fail(&k.hs, ECONNRESET, "the VM ended before its agent was ready", NULL);
 	say_goodbye(&k);

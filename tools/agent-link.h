@@ -27,6 +27,9 @@ int ffs_agent_dial(const struct ffs_agent_link *l, struct ffs_error *err);
  * times. Else -errno with the link's sentence. `fd` is a fresh connection; pidfd: of the VM, whose end ends the wait (-1: the
  * link sees it). */
 int ffs_agent_wait(int fd, int pidfd, char **json, struct ffs_error *err);
+/* Ask now whether the guest's agent is healthy: 1, it has answered; 0, not within so many seconds; *json (the caller frees)
+ * is what the link knows then. -errno with the link's sentence: it never will be. `fd` is a fresh connection. */
+int ffs_agent_health(int fd, unsigned seconds, char **json, struct ffs_error *err);
 /* The lock under which a link of that agent is started and ends: a descriptor, or -errno. */
 int ffs_agent_lock(const char *socket, struct ffs_error *err);
 /* The next frame from a blocking connection: 1, 0 at its end, or -errno. */
@@ -39,6 +42,8 @@ int ffs_agent_next(int fd, struct ffs_agent_input *in, struct agent_frame *out);
 int ffs_agent_send(int fd, uint8_t type, uint32_t stream, const void *payload, size_t len);
 /* The socket of the agent of a QEMU, from its command line; the caller frees it. -ENOENT with a sentence. */
 int ffs_agent_find(pid_t pid, char **out, struct ffs_error *err);
+/* The same of a sandbox of the mount, and its process. */
+int ffs_agent_of(const char *sandbox, const char *mount, pid_t *pid, char **out, struct ffs_error *err);
 /* The same of one that is to be started in the directory cwd, by the words of its command line. */
 int ffs_agent_find_in(char *const *word, unsigned n, const char *cwd, char **out, struct ffs_error *err);
 

@@ -42,6 +42,7 @@ int ffs_cmd_convert(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_inspect(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_pager(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_doctor(const struct ffs_command *self, int argc, char **argv);
+int ffs_cmd_health(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_exec(const struct ffs_command *self, int argc, char **argv);
 /* The process that has the connection to a guest's agent: the same binary called as forkfs-agent-link. */
 int ffs_agent_link_main(int argc, char **argv);

@@ -6,7 +6,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <json-c/json.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -21,7 +20,6 @@
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "options.h"
-#include "tree.h"
 
 /* As docker, podman and env have them. */
 enum { EXIT_OURS = 125, EXIT_CANNOT_RUN = 126, EXIT_NOT_FOUND = 127 };
@@ -230,35 +228,6 @@ static int make_command(const struct exec_args *a, uint8_t *out, size_t *len, st
 	return *len ? 0 : ffs_error_set(err, E2BIG, "a command and its variables have at most %u bytes", AGENT_PAYLOAD_MAX);
 }
 
-static int find_agent(const char *name, const struct exec_args *a, struct ffs_agent_link *l, char **path, struct ffs_error *err)
-{
-	_cleanup_(ffs_tree_close) struct ffs_tree t = FFS_TREE_INIT;
-	struct json_object *status = NULL;
-	struct ffs_target target;
-	char file[80];
-	int got;
-
-	l->ready_s = a->ready_s;
-	l->socket = a->socket;
-	if (a->socket)
-		return 0;
-	got = ffs_target_parse(name, FFS_TARGET_SANDBOX, &target, err);
-	if (!got)
-		got = ffs_tree_open(&t, a->mount, err);
-	if (!got)
-		got = ffs_tree_check_target(&t, &target, err);
-	snprintf(file, sizeof(file), "%s/status", target.sandbox);
-	if (!got)
-		got = ffs_tree_json(&t, file, &status, err);
-	if (got < 0)
-		return got;
-	l->pid = (pid_t)ffs_json_u64(status, "pid");
-	json_object_put(status);
-	got = ffs_agent_find(l->pid, path, err);
-	l->socket = *path;
-	return got;
-}
-
 static int signals_of(void)
 {
 	static const int all[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH};
@@ -278,15 +247,16 @@ static int run(const char *name, const struct exec_args *a, struct ffs_error *er
 {
 	static struct running run = {.code = -1, .credit = AGENT_WINDOW};
 	_cleanup_free_ char *path = NULL;
-	struct ffs_agent_link l = {0};
+	struct ffs_agent_link l = {.ready_s = a->ready_s};
 	uint8_t payload[AGENT_PAYLOAD_MAX];
 	size_t len;
 	int got = make_command(a, payload, &len, err);
 
-	if (!got)
-		got = find_agent(name, a, &l, &path, err);
+	if (!got && name)
+		got = ffs_agent_of(name, a->mount, &l.pid, &path, err);
 	if (got < 0)
 		return EXIT_OURS;
+	l.socket = name ? path : a->socket;
 	run.err = err;
 	run.tty = a->tty;
 	run.input_open = a->input;

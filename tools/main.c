@@ -52,6 +52,7 @@ const struct ffs_command ffs_commands[] = {
 	{"exec",
 		"(SANDBOX | --socket PATH) [-i] [-t] [--env NAME=VALUE]… [--cwd DIR] [--main] [--ready-timeout SECONDS] -- COMMAND ARGS…",
 		"run a command in a guest that has the agent; its exit code is ours", ffs_cmd_exec},
+	{"health", "(SANDBOX | --socket PATH) [--wait SECONDS] [--json]", "ask whether the agent in a guest answers", ffs_cmd_health},
 	{"verify", "PATH…",
 		"read all of a branch, or of a store, and name the first byte that is not as written",
 		ffs_cmd_verify},

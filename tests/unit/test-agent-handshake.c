@@ -124,6 +124,11 @@ static void test_health(void **s)
 	}
 	ffs_health_answer(&h, now);
 	assert_true(h.healthy && !h.missed);
+	/* somebody asks: at once, but never a second time while an answer is waited for */
+	ffs_health_now(&h, now + SECOND);
+	assert_true(ffs_health_ask(&h, now + SECOND));
+	ffs_health_now(&h, now + 2 * SECOND);
+	assert_true(h.due_ns == now + SECOND + FFS_HEALTH_TIMEOUT_NS);
 }
 
 int main(void)

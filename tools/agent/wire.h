@@ -49,8 +49,10 @@ enum agent_type {
 	AGENT_STDOUT = 82,
 	AGENT_STDERR = 83,
 	AGENT_EXIT = 84,
-	/* between `forkfs exec` and the link process of the same host */
+	/* between commands and the link process of the same host: what it knows as JSON, when the handshake is through; or (1 byte)
+	 * 0 at once, 1 with the guest's next answer to the health monitor, which asks it now */
 	AGENT_STATUS = 96,
+	AGENT_HEALTH = 97,
 };
 
 struct agent_frame {

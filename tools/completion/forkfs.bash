@@ -53,7 +53,7 @@ _forkfs_forks() {
 }
 
 _forkfs() {
-	local commands='mount umount attach detach ls status branch fork wait rm restore doctor version help'
+	local commands='mount umount attach detach ls status branch fork wait rm restore exec health doctor version help'
 	local current=$2 previous=$3 command='' words=0 i options=''
 
 	COMPREPLY=()
@@ -115,6 +115,7 @@ _forkfs() {
 		inspect) options='--chunks --mount --help' ;;
 		restore) options='-n --attach --track --paused --healthy --ready-timeout --accept-torn --trust --as-served --show --vmm --conf --dir --backend --no-prefetch --drive --net --ack --no-ack --ack-address --mount --help' ;;
 		exec) options='--stdin --tty --env --cwd --main --socket --ready-timeout --mount --help' ;;
+		health) options='--socket --wait --json --mount --help' ;;
 		pager) options='--children --owner --all --no-prefetch --limit --working-set --with-parent --mount --help' ;;
 		doctor) options='--json --help' ;;
 		esac
@@ -126,7 +127,7 @@ _forkfs() {
 	'') mapfile -t COMPREPLY < <(compgen -W "$commands" -- "$current") ;;
 	help) ((words == 0)) && mapfile -t COMPREPLY < <(compgen -W "$commands" -- "$current") ;;
 	mount | umount) ((words == 0)) && mapfile -t COMPREPLY < <(compgen -d -- "$current") ;;
-	detach | ls | branch | exec) ((words == 0)) && _forkfs_sandboxes "$current" ;;
+	detach | ls | branch | exec | health) ((words == 0)) && _forkfs_sandboxes "$current" ;;
 	export | convert | inspect | pager)
 		if ((words == 0)); then
 			_forkfs_branches "$current"
