@@ -54,11 +54,13 @@ int ffs_restore_api_connect(struct ffs_child *c, struct ffs_error *err)
 		return ffs_error_set(err, ENOMEM, "no memory for a connection");
 	t->http.sock = -1;
 	c->talk = t;
-	snprintf(path, sizeof(path), "%s/" SOCKET, c->dir);
+	const char *dir = c->jail[0] ? c->jail : c->dir;
+
+	snprintf(path, sizeof(path), "%s/" SOCKET, dir);
 	if (*c->watch < 0)
 		*c->watch = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
-	if (*c->watch < 0 || inotify_add_watch(*c->watch, c->dir, IN_CREATE | IN_MOVED_TO) < 0)
-		return ffs_error_errno(err, errno, "%s cannot be watched", c->dir);
+	if (*c->watch < 0 || inotify_add_watch(*c->watch, dir, IN_CREATE | IN_MOVED_TO) < 0)
+		return ffs_error_errno(err, errno, "%s cannot be watched", dir);
 	while ((r = ffs_dial_path(path, NO_DEADLINE, &sock)) < 0) {
 		if (r != -ENOENT && r != -ECONNREFUSED)
 			return ffs_error_errno(err, -r, "%s", path);

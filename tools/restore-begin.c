@@ -117,12 +117,22 @@ static int check_kind(const struct ffs_restore *r, struct ffs_error *err)
 					 "out, or serve the fork's memory.bin by `forkfs pager`",
 					 r->target.fork)
 			       : 0;
+	if (r->conf.jailer)
+		return ffs_error_set(err, EINVAL, "a jailer is for Firecracker's children; the branch is of a %s", r->ops->kind);
 	if (r->backend)
 		return ffs_error_set(err, EINVAL, "--backend is for Firecracker's children; the branch is of a %s", r->ops->kind);
 	if (r->drives.n || r->nets.n)
 		return ffs_error_set(err, EINVAL, "--drive and --net are for Firecracker's children; the branch is of a %s",
 			r->ops->kind);
 	return 0;
+}
+
+/* Named by hand, so it may be found by PATH of theirs only as a path. */
+static int name_program(const char *option, const char *path, char **out, struct ffs_error *err)
+{
+	free(*out);
+	*out = realpath(path, NULL);
+	return *out ? 0 : ffs_error_errno(err, errno, "%s %s", option, path);
 }
 
 int ffs_restore_plan(struct ffs_restore *r, const struct ffs_restore_args *a, struct ffs_error *err)
@@ -135,13 +145,10 @@ int ffs_restore_plan(struct ffs_restore *r, const struct ffs_restore_args *a, st
 		got = refuse_imported(r, err);
 	if (!got)
 		got = ffs_restore_conf_read(a->conf, r->ops->kind, &r->conf, err);
-	if (!got && a->vmm) {
-		/* named by hand, so it may be found by PATH of theirs only as a path */
-		free(r->conf.binary);
-		r->conf.binary = realpath(a->vmm, NULL);
-		if (!r->conf.binary)
-			got = ffs_error_errno(err, errno, "--vmm %s", a->vmm);
-	}
+	if (!got && a->vmm)
+		got = name_program("--vmm", a->vmm, &r->conf.binary, err);
+	if (!got && a->jailer)
+		got = name_program("--jailer", a->jailer, &r->conf.jailer, err);
 	if (!got)
 		got = check_kind(r, err);
 	if (!got)
@@ -151,8 +158,8 @@ int ffs_restore_plan(struct ffs_restore *r, const struct ffs_restore_args *a, st
 
 int ffs_restore_begin(struct ffs_restore *r, const struct ffs_restore_args *a, struct ffs_error *err)
 {
-	/* served memory is not mapped */
-	int got = ffs_restore_image(r, a->as_served || ffs_restore_is_uffd(a), err);
+	/* served memory is not mapped, and a jail gets a copy of another kind */
+	int got = ffs_restore_image(r, a->as_served || ffs_restore_is_uffd(a) || r->conf.jailer, err);
 
 	if (!got && r->target.fork[0])
 		got = ffs_restore_fork_read(r, err);
@@ -206,6 +213,7 @@ void ffs_restore_opts(struct ffs_restore_args *a, struct ffs_opt out[FFS_RESTORE
 {
 	const struct ffs_opt opts[FFS_RESTORE_OPTS] = {
 		{"vmm", 0, FFS_OPT_VALUE, &a->vmm},
+		{"jailer", 0, FFS_OPT_VALUE, &a->jailer},
 		{"conf", 0, FFS_OPT_VALUE, &a->conf},
 		{"dir", 0, FFS_OPT_VALUE, &a->dir},
 		{"backend", 0, FFS_OPT_VALUE, &a->backend},

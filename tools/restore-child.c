@@ -86,8 +86,13 @@ int ffs_child_give(struct ffs_child *c, int number, int fd, struct ffs_error *er
 
 void ffs_child_socket(struct ffs_child *c, const char *what, const char *name, char path[160])
 {
-	snprintf(path, 160, "%s/%.50s", c->dir, name);
+	snprintf(path, 160, "%s/%.50s", c->jail[0] ? c->jail : c->dir, name);
 	json_object_object_add(c->sockets, what, json_object_new_string(path));
+}
+
+void ffs_child_name(const struct ffs_child *c, const char *name, char path[160])
+{
+	snprintf(path, 160, "%s/%.50s", c->jail[0] ? "" : c->dir, name);
 }
 
 /* ---- its start ---- */
@@ -262,8 +267,10 @@ int ffs_child_explain(struct ffs_child *c, int code, struct ffs_error *err)
 		ffs_child_poll(c, -1, 1000);
 	how_ended(c, ended);
 	last_words(c, said);
+	/* what it answered says more than that it then gave up */
 	if (ended[0] || said[0])
-		ffs_error_set(err, why.code, "%s%s%s", ended[0] ? ended : why.text, said[0] ? "; it said: " : "", said);
+		ffs_error_set(err, why.code, "%s%s%s", ended[0] && code != -EREMOTEIO ? ended : why.text,
+			said[0] ? "; it said: " : "", said);
 	else if (err)
 		*err = why;
 	return code;
@@ -273,6 +280,11 @@ static int remove_one(const char *path, const struct stat *st, int type, struct 
 {
 	/* what cannot be removed stays: the directory then does too */
 	return remove(path) < 0 && errno != ENOENT;
+}
+
+int ffs_remove_tree(const char *dir)
+{
+	return nftw(dir, remove_one, 8, FTW_DEPTH | FTW_PHYS);
 }
 
 void ffs_child_destroy(struct ffs_child *c)
@@ -287,7 +299,8 @@ void ffs_child_destroy(struct ffs_child *c)
 			;
 		c->pid = 0;
 	}
-	if (c->dir[0] && nftw(c->dir, remove_one, 8, FTW_DEPTH | FTW_PHYS) != 0)
+	ffs_jail_remove(c);
+	if (c->dir[0] && ffs_remove_tree(c->dir) != 0)
 		fprintf(stderr, "forkfs restore: %s is left behind: %s\n", c->dir, strerror(errno));
 	c->dir[0] = 0;
 	ffs_child_release(c);

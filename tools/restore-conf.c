@@ -3,6 +3,7 @@
  *     # comment
  *     kind   = qemu                          which branches it is for; needed
  *     binary = /usr/bin/qemu-system-x86_64   absolute
+ *     jailer = /usr/bin/jailer               absolute; of kind firecracker: children are started by it
  *     arg    = -sandbox                      one word each, in their order
  *     env    = NAME=VALUE
  *
@@ -138,12 +139,14 @@ static int take_line(char *line, struct ffs_restore_conf *c, char kind[32], stru
 	value = trim(eq + 1);
 	if (!strcmp(key, "kind")) {
 		snprintf(kind, 32, "%s", value);
-	} else if (!strcmp(key, "binary")) {
+	} else if (!strcmp(key, "binary") || !strcmp(key, "jailer")) {
+		char **program = key[0] == 'b' ? &c->binary : &c->jailer;
+
 		if (value[0] != '/')
-			return ffs_error_set(err, EINVAL, "binary is an absolute path, not '%.100s'", value);
-		free(c->binary);
-		c->binary = strdup(value);
-		c->arg.failed |= !c->binary;
+			return ffs_error_set(err, EINVAL, "%s is an absolute path, not '%.100s'", key, value);
+		free(*program);
+		*program = strdup(value);
+		c->arg.failed |= !*program;
 	} else if (!strcmp(key, "arg")) {
 		ffs_argv_add(&c->arg, value);
 	} else if (!strcmp(key, "env")) {
@@ -151,7 +154,7 @@ static int take_line(char *line, struct ffs_restore_conf *c, char kind[32], stru
 			return ffs_error_set(err, EINVAL, "env is NAME=VALUE, not '%.100s'", value);
 		ffs_argv_add(&c->env, value);
 	} else {
-		return ffs_error_set(err, EINVAL, "there is no key '%.60s': kind, binary, arg, env", key);
+		return ffs_error_set(err, EINVAL, "there is no key '%.60s': kind, binary, jailer, arg, env", key);
 	}
 	return 0;
 }
@@ -252,6 +255,7 @@ int ffs_restore_conf_read(const char *path, const char *kind, struct ffs_restore
 void ffs_restore_conf_free(struct ffs_restore_conf *c)
 {
 	free(c->binary);
+	free(c->jailer);
 	ffs_argv_free(&c->arg);
 	ffs_argv_free(&c->env);
 	*c = (struct ffs_restore_conf){0};

@@ -1,5 +1,6 @@
 /* Drives and networks of Firecracker's children. A device state names the parent's files; Firecracker opens them when it
- * loads the branch, and is told of the child's own before the guest runs: until then it writes nothing.
+ * loads the branch, and is told of the child's own before the guest runs: until then it writes nothing. In a jail the child's
+ * own have the names of the parent's.
  *
  * ffs_drives_plan() is of the main thread, the rest of each child's; no locks. What waits is the copying of disks. */
 #include "restore-drives.h"
@@ -77,19 +78,29 @@ static int plan_drive(struct ffs_restore *r, struct json_object *drive, struct f
 	const char *pattern = said_of(&r->drives, id), *disk;
 	struct ffs_drive *out = &d->drive[d->n];
 
+	out->read_only = ffs_cli_json_bool(drive, "read_only");
 	/* a reading child needs no file of its own */
-	if (!pattern && ffs_cli_json_bool(drive, "read_only"))
+	if (!pattern && out->read_only && !d->jailed)
 		return 0;
 	if (ffs_check_name("drive", id, err) < 0)
 		return -EINVAL;
 	if (d->n == FFS_DRIVES_MAX)
 		return ffs_error_set(err, ENOTSUP, "the branched VM has more than %d writable drives", FFS_DRIVES_MAX);
 	disk = pattern ? "" : disk_of(r, path);
+	if (!disk && out->read_only)
+		return ffs_error_set(err, ENOTSUP,
+			"drive %s (%.120s) of the VM of branch %s is not among the disks of the branch, and no other file is in a jail: name "
+			"it at attach (--disk %s=%.120s), or give the child one by --drive %s=PATH",
+			id, path, r->target.branch, id, path, id);
 	if (!disk)
 		return ffs_error_set(err, ENOTSUP,
 			"the VM of branch %s writes its drive %s (%.120s), which is not among the disks of the branch: name it at attach "
 			"(--disk %s=%.120s), or give the child another by --drive %s=PATH",
 			r->target.branch, id, path, id, path, id);
+	if (d->jailed && !ffs_jail_is_name(path))
+		return ffs_error_set(err, EINVAL, "drive %s of branch %s has a name that no file of a jail can have: %.120s", id,
+			r->target.branch, path);
+	out->path = path;
 	snprintf(out->id, sizeof(out->id), "%s", id);
 	snprintf(out->disk, sizeof(out->disk), "%s", disk);
 	out->pattern = pattern;
@@ -178,14 +189,18 @@ int ffs_drives_copy(struct ffs_restore *r, const struct ffs_drives *d, struct ff
 		char path[200], file[80];
 		struct stat st;
 
-		if (d->drive[i].pattern)
+		if (d->jailed)
+			got = ffs_jail_create(c, d->drive[i].path, d->drive[i].read_only, &to, err);
+		/* of the caller's own there is the place only */
+		if (got < 0 || d->drive[i].pattern)
 			continue;
 		snprintf(file, sizeof(file), "disks/%s", d->drive[i].disk);
 		name_copy(&d->drive[i], c, path);
 		from = ffs_restore_open(r, file, err);
 		if (from < 0)
 			return from;
-		to = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+		if (!d->jailed)
+			to = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
 		if (to < 0 || fstat(from, &st) < 0)
 			return ffs_error_errno(err, errno, "%s", path);
 		got = copy_data(from, to, (uint64_t)st.st_size, d->drive[i].disk, err);
@@ -203,11 +218,27 @@ static char *expand(const char *pattern, const struct ffs_child *c)
 	return ffs_restore_expand(pattern, words, FFS_ARRAY_LEN(words));
 }
 
+int ffs_drives_bind(const struct ffs_drives *d, const struct ffs_child *c, struct ffs_jail_bind *bind, unsigned *n,
+	struct ffs_error *err)
+{
+	for (unsigned i = 0; i < d->n; i++) {
+		char *file = d->drive[i].pattern ? expand(d->drive[i].pattern, c) : NULL;
+
+		if (!d->drive[i].pattern)
+			continue;
+		if (!file)
+			return ffs_error_set(err, ENOMEM, "no memory for a path");
+		bind[(*n)++] = (struct ffs_jail_bind){
+			.ns = -1, .fd = -1, .file = file, .inside = d->drive[i].path, .read_only = d->drive[i].read_only};
+	}
+	return 0;
+}
+
 int ffs_drives_patch(struct ffs_restore *r, const struct ffs_drives *d, struct ffs_child *c, struct ffs_error *err)
 {
 	int got = 0;
 
-	for (unsigned i = 0; !got && i < d->n; i++) {
+	for (unsigned i = 0; !d->jailed && !got && i < d->n; i++) {
 		const struct ffs_drive *drive = &d->drive[i];
 		struct json_object *body = json_object_new_object();
 		_cleanup_free_ char *given = drive->pattern ? expand(drive->pattern, c) : NULL;

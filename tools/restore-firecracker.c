@@ -27,6 +27,7 @@ struct plan {
 	bool uffd;
 	bool vsock; /* the VM has one */
 	struct ffs_drives drives;
+	struct ffs_jails jails;
 	struct ffs_child pager; /* a process of a directory of its own, as the children are */
 };
 
@@ -66,13 +67,15 @@ static int plan(struct ffs_restore *r, struct ffs_error *err)
 	r->plan = p;
 	p->pager.pidfd = p->pager.control = -1;
 	p->uffd = r->backend && !strcmp(r->backend, "uffd");
+	p->drives.jailed = r->conf.jailer;
 	got = ffs_drives_plan(r, &p->drives, err);
 	if (got < 0)
 		return got;
 	p->vsock = ffs_cli_json_bool(r->vmm, "resets_vsock");
 	if (p->vsock)
 		ffs_restore_note(r, "the guest's vsock connections were reset when the branch was taken");
-	return find_program(r, err);
+	got = find_program(r, err);
+	return got ? got : ffs_jails_plan(r, &p->jails, err);
 }
 
 /* ---- the pager ---- */
@@ -86,18 +89,19 @@ static bool is_listening(const struct ffs_child *c)
 	return stat(path, &st) == 0 && st.st_size > 0;
 }
 
-static int begin(struct ffs_restore *r, const char *dir, struct ffs_error *err)
+static int start_pager(struct ffs_restore *r, const char *dir, struct ffs_error *err)
 {
 	_cleanup_close_ int watch = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
 	_cleanup_free_ char *self = realpath("/proc/self/exe", NULL);
 	const struct ffs_argv none = {0};
 	struct plan *p = r->plan;
 	struct ffs_argv argv = {0};
+	unsigned uid = 0, gid = 0;
 	char events[4096];
-	int got;
+	int got = p->jails.on ? ffs_jails_owner(&p->jails, &uid, &gid, err) : 0;
 
-	if (!p->uffd)
-		return 0;
+	if (got < 0)
+		return got;
 	ffs_child_init(&p->pager, 0);
 	if (!self || watch < 0)
 		return ffs_error_errno(err, errno, "the pager cannot be started");
@@ -112,6 +116,8 @@ static int begin(struct ffs_restore *r, const char *dir, struct ffs_error *err)
 	ffs_argv_addf(&argv, "--mount=%s", r->tree->mount);
 	if (r->no_prefetch)
 		ffs_argv_add(&argv, "--no-prefetch");
+	if (p->jails.on)
+		ffs_argv_addf(&argv, "--owner=%u:%u", uid, gid);
 	ffs_argv_addf(&argv, "%s/%s", r->target.sandbox, r->target.branch);
 	ffs_argv_addf(&argv, "%s/" PAGER_SOCKET, p->pager.dir);
 	got = ffs_child_spawn(&p->pager, &argv, &none, err);
@@ -126,6 +132,15 @@ static int begin(struct ffs_restore *r, const char *dir, struct ffs_error *err)
 	return got;
 }
 
+static int begin(struct ffs_restore *r, const char *dir, struct ffs_error *err)
+{
+	struct plan *p = r->plan;
+
+	if (p->uffd)
+		return start_pager(r, dir, err);
+	return p->jails.on ? ffs_jails_image(r, &p->jails, err) : 0;
+}
+
 /* The children have started, or never will: what they touched is the working set. */
 static void end(struct ffs_restore *r)
 {
@@ -136,11 +151,29 @@ static void end(struct ffs_restore *r)
 	if (p->pager.pidfd >= 0 && syscall(SYS_pidfd_send_signal, p->pager.pidfd, SIGUSR1, NULL, 0) < 0)
 		fprintf(stderr, "forkfs restore: the pager has ended: see %s/stderr\n", p->pager.dir);
 	ffs_child_release(&p->pager);
+	ffs_jails_free(&p->jails);
 	free(p);
 	r->plan = NULL;
 }
 
 /* ---- one child ---- */
+
+/* The jailer starts it: what it needs is put into its jail. */
+static int jailed_command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
+{
+	const struct plan *p = r->plan;
+	char path[160];
+	int got = c->dir[0] ? ffs_jail_make(r, &p->jails, c, err) : 0;
+
+	ffs_restore_api_socket(c, path);
+	if (!got)
+		got = ffs_jail_command(r, &p->jails, c, out, err);
+	ffs_argv_add(out, "--api-sock");
+	ffs_argv_add(out, "/api");
+	if (!got)
+		got = ffs_jail_vmm_words(&p->jails, c, out, err);
+	return got ? got : ffs_drives_copy(r, &p->drives, c, err);
+}
 
 static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
 {
@@ -148,6 +181,8 @@ static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *
 	char api[160] = "api";
 	int got;
 
+	if (p->jails.on)
+		return jailed_command(r, c, out, err);
 	ffs_restore_api_socket(c, api);
 	ffs_argv_add(out, r->conf.binary);
 	ffs_argv_add(out, "--api-sock");
@@ -172,6 +207,7 @@ static int add_vsock(struct ffs_child *c, struct json_object *body, struct ffs_e
 		(major > 1 || (major == 1 && minor >= 16))) {
 		o = json_object_new_object();
 		ffs_child_socket(c, "vsock", "vsock", path);
+		ffs_child_name(c, "vsock", path);
 		json_object_object_add(o, "uds_path", json_object_new_string(path));
 		json_object_object_add(body, "vsock_override", o);
 	}
@@ -187,9 +223,14 @@ static int load_request(struct ffs_restore *r, struct ffs_child *c, struct json_
 	char path[160];
 	int got;
 
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", FFS_CHILD_VMSTATE);
+	if (p->jails.on)
+		ffs_child_name(c, FFS_JAIL_VMSTATE, path);
+	else
+		snprintf(path, sizeof(path), "/proc/self/fd/%d", FFS_CHILD_VMSTATE);
 	json_object_object_add(body, "snapshot_path", json_object_new_string(path));
-	if (p->uffd)
+	if (p->jails.on)
+		ffs_child_name(c, p->uffd ? FFS_JAIL_PAGER : FFS_JAIL_MEMORY, path);
+	else if (p->uffd)
 		snprintf(path, sizeof(path), "%s/" PAGER_SOCKET, p->pager.dir);
 	else
 		snprintf(path, sizeof(path), "/proc/self/fd/%d", FFS_CHILD_MEMORY);
@@ -201,12 +242,42 @@ static int load_request(struct ffs_restore *r, struct ffs_child *c, struct json_
 	return !got && p->vsock ? add_vsock(c, body, err) : got;
 }
 
+/* Its jail sees what is shared: the memory or the pager's socket, and drives of the caller's own. */
+static int furnish(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
+{
+	struct ffs_jail_bind bind[FFS_JAIL_BINDS] = {{.ns = -1}};
+	struct plan *p = r->plan;
+	char pager[160], memory[] = "the branch's memory";
+	unsigned n = 1;
+	int got;
+
+	snprintf(pager, sizeof(pager), "%s/" PAGER_SOCKET, p->pager.dir);
+	if (p->uffd)
+		bind[0] = (struct ffs_jail_bind){.ns = -1, .fd = -1, .file = pager, .inside = FFS_JAIL_PAGER};
+	else
+		bind[0] = (struct ffs_jail_bind){.ns = p->jails.image_ns,
+			.fd = r->memory_fd,
+			.file = memory,
+			.inside = FFS_JAIL_MEMORY,
+			.read_only = true};
+	got = ffs_drives_bind(&p->drives, c, bind, &n, err);
+	if (!got)
+		got = ffs_jail_bind(c, bind, n, err);
+	for (unsigned i = 1; i < n; i++)
+		free(bind[i].file);
+	return got;
+}
+
 static int load(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
 {
 	struct json_object *body = json_object_new_object();
 	struct plan *p = r->plan;
-	int got = ffs_restore_api_connect(c, err);
+	int got = p->jails.on ? ffs_jail_started(&p->jails, c, err) : 0;
 
+	if (!got)
+		got = ffs_restore_api_connect(c, err);
+	if (!got && p->jails.on)
+		got = furnish(r, c, err);
 	if (!got)
 		got = load_request(r, c, body, err);
 	if (!got)

@@ -19,8 +19,7 @@
 #define STEP (1u << 20)
 #define SEALS (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
-/* The kernel serves memory.bin from the branch's image, which is one file in memory. */
-static bool is_image(const struct ffs_restore *r)
+bool ffs_restore_is_image(const struct ffs_restore *r)
 {
 	struct json_object *capabilities = NULL;
 	bool is = false;
@@ -81,7 +80,7 @@ int ffs_restore_image(struct ffs_restore *r, bool as_served, struct ffs_error *e
 
 	if (fd < 0)
 		return fd;
-	if (!as_served && !r->writing && !is_image(r)) {
+	if (!as_served && !r->writing && !ffs_restore_is_image(r)) {
 		char dir[160];
 		int got = load(fd, r->memory_size, &r->memory_fd, err);
 

@@ -90,6 +90,7 @@ struct json_object *ffs_restore_line(struct ffs_restore *r, const struct ffs_chi
 	json_object_object_add(o, "sandbox", c->name[0] ? json_object_new_string(c->name) : NULL);
 	json_object_object_add(o, "state", json_object_new_string(r->paused ? "paused" : "running"));
 	json_object_object_add(o, "dir", json_object_new_string(c->dir));
+	json_object_object_add(o, "jail", c->jail[0] ? json_object_new_string(c->jail) : NULL);
 	json_object_object_add(o, "sockets", json_object_get(c->sockets));
 	json_object_object_add(times, "started_ns", json_object_new_uint64(c->started_ns));
 	json_object_object_add(times, "loaded_ns", json_object_new_uint64(c->loaded_ns));

@@ -9,7 +9,7 @@
  *   restore-agent.c      the wait until the agent in its guest is healthy
  *   restore-conf.c       which program, with which options of the host (/etc/forkfs/vmm.d)
  *   restore-qemu*.c      kind qemu            restore-api.c   kind coop, and what VMMs with an HTTP API share
- *   restore-firecracker.c, restore-drives.c   kind firecracker
+ *   restore-firecracker.c, restore-drives.c, restore-jail*.c   kind firecracker
  *
  * A kind is a table of operations (struct ffs_restore_ops), a line in ffs_restore_kinds[]. Nothing that a branch's
  * manifest says is believed: it was written by a VMM, or by a stranger. */
@@ -44,6 +44,7 @@ struct json_object *ffs_argv_json(const struct ffs_argv *a);
 /* What the host says about a kind of VMM: a file of vmm.d, and the command line, which goes before it. */
 struct ffs_restore_conf {
 	char *binary;        /* NULL: not said */
+	char *jailer;        /* of Firecracker; NULL: its children are in no jail */
 	struct ffs_argv arg; /* in front of the caller's own */
 	struct ffs_argv env; /* NAME=VALUE */
 };
@@ -100,14 +101,14 @@ struct ffs_restore {
 
 /* What is said on a command line of how children are started. */
 struct ffs_restore_args {
-	const char *vmm, *conf, *dir, *mount, *backend, *ack_address, *ready;
+	const char *vmm, *jailer, *conf, *dir, *mount, *backend, *ack_address, *ready;
 	struct ffs_words drives, nets;
 	bool trust, torn, as_served, no_prefetch, healthy;
 	unsigned ready_s; /* of ready, when it has been checked */
 	const char *const *user_arg; /* what came after -- */
 	unsigned n_user_args;
 };
-#define FFS_RESTORE_OPTS 14
+#define FFS_RESTORE_OPTS 15
 void ffs_restore_opts(struct ffs_restore_args *a, struct ffs_opt out[FFS_RESTORE_OPTS]);
 int ffs_restore_check_args(struct ffs_restore_args *a, struct ffs_error *err);
 bool ffs_restore_is_uffd(const struct ffs_restore_args *a);
@@ -131,6 +132,8 @@ void ffs_restore_end(struct ffs_restore *r);
  * while it is still being written; else (from the store, shared with a parent, no passthrough) its content in a sealed
  * file in memory, which takes as long as reading it. as_served: memory.bin in any case. -EINTR by a signal. */
 int ffs_restore_image(struct ffs_restore *r, bool as_served, struct ffs_error *err);
+/* Does the kernel serve memory.bin from the branch's image, which is one file in memory? */
+bool ffs_restore_is_image(const struct ffs_restore *r);
 
 /* What is said when a copy fails: its file can't be made, the original read, the copy written. */
 struct ffs_sparse_words {
@@ -192,6 +195,9 @@ struct ffs_child {
 	unsigned number; /* from 1 */
 	char name[65];   /* of the sandbox it becomes; "": none */
 	char dir[100];   /* its own, 0700: sockets, console, what it says on stderr */
+	char jail[100];  /* the root directory of its jail, where its sockets are then; "": it is in none */
+	char cgroup[160]; /* that its jailer makes, below the root of a hierarchy; "": none */
+	unsigned uid, gid; /* in the jail */
 	int inherit[FFS_CHILD_FDS]; /* [i] becomes descriptor 3 + i; -1: none. Owned */
 	int *watch;                 /* an inotify of the worker's, made when needed: closing one takes long */
 	int control;                /* our end of what the kind talks over; -1: none */
@@ -227,8 +233,14 @@ int ffs_child_explain(struct ffs_child *c, int code, struct ffs_error *err);
 void ffs_child_destroy(struct ffs_child *c);
 /* Forget it: it lives on. */
 void ffs_child_release(struct ffs_child *c);
-/* Add a socket below its directory to what the user is told; path gets it. */
+/* Add a socket below its directory (its jail) to what the user is told; path gets it. */
 void ffs_child_socket(struct ffs_child *c, const char *what, const char *name, char path[160]);
+/* A file of that directory as the VM itself names it. */
+void ffs_child_name(const struct ffs_child *c, const char *name, char path[160]);
+/* A directory with all that is in it: 0, or errno is set. */
+int ffs_remove_tree(const char *dir);
+/* restore-jail-life.c: end who runs in its jail, and remove that; nothing for a child that is in none. */
+void ffs_jail_remove(struct ffs_child *c);
 /* Run a program for what it prints on stdout (at most 256 KiB), which the caller frees. -EIO when it cannot be run. */
 int ffs_ask_program(const char *const argv[], char **out, struct ffs_error *err);
 

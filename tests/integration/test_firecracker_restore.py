@@ -9,43 +9,18 @@ import time
 from forkfs_test import children, microvm, processes, rig
 from forkfs_test.api import Api, ApiRig
 from forkfs_test.case import Skip
-from forkfs_test.firecracker import Firecracker, program
+from forkfs_test.firecracker import Firecracker, FirecrackerChild, drive, program
 
 WORK = 64
 TIMEOUT = {"test_file": 180, "test_uffd": 180}
 
 
-class Child(children.Child):
-    """A Firecracker: its guest's console is the stdout file in its directory."""
+class Child(FirecrackerChild):
+    """With the work that these tests give it."""
 
-    def console(self):
-        """What the guest has said since it is this child."""
-        return (self.dir / "stdout").read_text(errors="replace")
-
-    def steps(self):
-        """The number in the last line it printed; 0 before the first."""
-        found = re.findall(r"ok 0 ([0-9a-f]{16})\n", self.console())
-        return int(found[-1], 16) if found else 0
-
-    def mail(self, timeout=60):
-        """Wait until the guest has found something in its mailbox; all it found: [(epoch, payload)]."""
-        deadline = time.monotonic() + timeout
-        while not (found := microvm.mails(self.console().encode())):
-            assert self.alive(), f"child {self.pid} has ended: {self.stderr()}"
-            assert time.monotonic() < deadline, f"child {self.pid} has found nothing: {self.console()[-300:]}"
-            time.sleep(0.005)
-        return found
-
-    def visit_all(self, times=2, timeout=90):
+    def visit_all(self, times=2, timeout=90):  # pylint: disable=arguments-differ
         """Wait until the guest has visited and judged all its pages so many times."""
-        deadline, goal = time.monotonic() + timeout, None
-        while goal is None or self.steps() < goal:
-            assert self.alive(), f"child {self.pid} has ended: {self.stderr()}"
-            assert time.monotonic() < deadline, f"child {self.pid} is too slow: {self.steps()} of {goal}"
-            if goal is None and self.steps():
-                goal = self.steps() + times * WORK * 256
-            time.sleep(0.01)
-        assert "MISMATCH" not in self.console(), self.console()[-300:]
+        super().visit_all(WORK, times, timeout)
 
 
 def restore(r, branch, *options, check=True):
@@ -160,11 +135,6 @@ def test_released(case):
     assert rig.wait_settled(grandchild) == "ready", (grandchild / "status").read_text()
     Firecracker(case, "grandchild", load=(grandchild / "memory.bin", grandchild / "vmstate")).visit_all()
     child.visit_all(1)
-
-
-def drive(path, name, read_only=False):
-    """A drive of the configuration."""
-    return {"drive_id": name, "path_on_host": str(path), "is_root_device": False, "is_read_only": read_only}
 
 
 def test_drives(case):

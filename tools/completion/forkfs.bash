@@ -59,7 +59,7 @@ _forkfs() {
 	COMPREPLY=()
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
-		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o | -n | --attach | --vmm | --conf | --dir)
+		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o | -n | --attach | --vmm | --jailer | --conf | --dir)
 			[[ ${COMP_WORDS[i + 1]} == = ]] && ((i++))
 			((i++))
 			;;
@@ -93,7 +93,7 @@ _forkfs() {
 		compopt -o nospace
 		return
 		;;
-	--vmm | --conf | --dir)
+	--vmm | --jailer | --conf | --dir)
 		mapfile -t COMPREPLY < <(compgen -f -- "$current")
 		return
 		;;
@@ -113,7 +113,7 @@ _forkfs() {
 		import) options='--store --store-dir --mount --help' ;;
 		convert) options='--to --mount --help' ;;
 		inspect) options='--chunks --mount --help' ;;
-		restore) options='-n --attach --track --paused --healthy --ready-timeout --accept-torn --trust --as-served --show --vmm --conf --dir --backend --no-prefetch --drive --net --ack --no-ack --ack-address --mount --help' ;;
+		restore) options='-n --attach --track --paused --healthy --ready-timeout --accept-torn --trust --as-served --show --vmm --jailer --conf --dir --backend --no-prefetch --drive --net --ack --no-ack --ack-address --mount --help' ;;
 		exec) options='--stdin --tty --env --cwd --main --socket --ready-timeout --mount --help' ;;
 		health) options='--socket --wait --json --mount --help' ;;
 		pager) options='--children --owner --all --no-prefetch --limit --working-set --with-parent --mount --help' ;;

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import time
 
-from . import console, microvm, processes
+from . import children, console, microvm, processes
 from .api import Api
 from .case import Missing
 
@@ -158,3 +158,52 @@ class Firecracker:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+class FirecrackerChild(children.Child):
+    """A child by `forkfs restore`: its guest's console is the stdout file in its directory."""
+
+    def console(self):
+        """What the guest has said since it is this child."""
+        return (self.dir / "stdout").read_text(errors="replace")
+
+    def steps(self):
+        """The number in the last line it printed; 0 before the first."""
+        found = re.findall(r"ok 0 ([0-9a-f]{16})\n", self.console())
+        return int(found[-1], 16) if found else 0
+
+    def mail(self, timeout=60):
+        """Wait until the guest has found something in its mailbox; all it found: [(epoch, payload)]."""
+        deadline = time.monotonic() + timeout
+        while not (found := microvm.mails(self.console().encode())):
+            assert self.alive(), f"child {self.pid} has ended: {self.stderr()}"
+            assert time.monotonic() < deadline, f"child {self.pid} has found nothing: {self.console()[-300:]}"
+            time.sleep(0.005)
+        return found
+
+    def visit_all(self, work, times=2, timeout=90):
+        """Wait until the guest has visited and judged all its pages (`work` MiB) so many times."""
+        deadline, goal = time.monotonic() + timeout, None
+        while goal is None or self.steps() < goal:
+            assert self.alive(), f"child {self.pid} has ended: {self.stderr()}"
+            assert time.monotonic() < deadline, f"child {self.pid} is too slow: {self.steps()} of {goal}"
+            if goal is None and self.steps():
+                goal = self.steps() + times * work * 256
+            time.sleep(0.01)
+        assert "MISMATCH" not in self.console(), self.console()[-300:]
+
+
+def drive(path, name, read_only=False):
+    """A drive of the configuration."""
+    return {"drive_id": name, "path_on_host": str(path), "is_root_device": False, "is_read_only": read_only}
+
+
+def restore(mount, branch, *options, check=True):
+    """`forkfs restore`; (the children, the command's result)."""
+    return children.run(mount, branch, "--vmm", program(), *options, kind=FirecrackerChild, check=check)
+
+
+def jail_options(case, uid, gid):
+    """For children in jails below the test's directory: the command's options, and the jailer's."""
+    (case.dir / "jails").mkdir(exist_ok=True)
+    return ["--jailer", program("jailer")], ["--uid", uid, "--gid", gid, "--chroot-base-dir", case.dir / "jails"]
