@@ -78,7 +78,7 @@ if [ ! -d "$out" ]; then
 	mkdir -p "$root"/{bin,dev,proc,sys,modules} "$work/out"
 	cc -O2 -Wall -Werror -static -pthread -D_GNU_SOURCE -I"$agent" -o "$root/init" "$here"/*.c
 	strip "$root/init"
-	for name in counter load selfcheck stall journal mailbox; do
+	for name in counter load selfcheck stall journal mailbox decoy; do
 		ln "$root/init" "$root/bin/$name"
 	done
 	# in the order they are loaded: a module after those it needs

@@ -19,3 +19,4 @@ int selfcheck_main(int argc, char **argv);
 int stall_main(int argc, char **argv);
 int journal_main(int argc, char **argv);
 int mailbox_main(int argc, char **argv);
+int decoy_main(int argc, char **argv);

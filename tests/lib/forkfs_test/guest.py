@@ -14,7 +14,7 @@ GUEST_DIR = pathlib.Path(__file__).resolve().parents[2] / "guest"
 MIB = 1 << 20
 # What a program of the guest says when it has its memory and works.
 AT_WORK = {"counter": r"^tick \d+$", "load": r"^load [1-9]\d*$", "selfcheck": r"^ok \d+ \d+$",
-           "journal": r"^journal \d+$", "mailbox": r"^mailbox \S+ ready$"}
+           "journal": r"^journal \d+$", "mailbox": r"^mailbox \S+ ready$", "decoy": r"^decoy \S+ ready$"}
 
 
 def kit():
