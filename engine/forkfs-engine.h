@@ -185,6 +185,10 @@ uint64_t ffs_branch_image_bytes(struct ffs_branch *b);
  * (short only at the end), or -EIO when the branch failed, in which case nothing that was returned before was
  * wrong. Any number of threads. Waits at most for one page copy of another thread. */
 ssize_t ffs_branch_read_memory(struct ffs_branch *b, void *buf, size_t len, uint64_t off);
+/* The first 8 bytes of each of so many pages (4096 bytes) from `off`, which is at a page: for a search. Pages not yet
+ * captured are read where they are, and stay so: it neither waits for the capture nor is it. 0, -EINVAL (not within
+ * the memory), -ENOMEM, or as above. */
+int ffs_branch_read_heads(struct ffs_branch *b, uint64_t *head, size_t pages, uint64_t off);
 /* The memory image, dense offsets, once READY: a read-only descriptor of a file in memory that nobody can open
  * for writing (EROFS), or of a sealed memfd where there is no privilege to mount (engine/branch/image.c). Owned by
  * the branch, valid as long as it. -EAGAIN while WRITING, -EIO when FAILED, -ENODATA when it shares

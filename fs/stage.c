@@ -19,6 +19,16 @@ static ssize_t read_memory(void *arg, void *buf, size_t len, uint64_t off, struc
 	return n;
 }
 
+static int heads_of_branch(void *arg, uint64_t *head, size_t pages, uint64_t off, struct ffs_error *err)
+{
+	struct ffs_shot *s = arg;
+	int r = ffs_branch_read_heads(s->branch, head, pages, off);
+
+	if (r < 0)
+		ffs_branch_failure(s->branch, err);
+	return r;
+}
+
 /* Only files in memory that nobody can cut off are mapped: a read of a mapping beyond its end is a SIGBUS. */
 static struct ffs_mailbox_memory memory_of(struct ffs_shot *s)
 {
@@ -28,6 +38,7 @@ static struct ffs_mailbox_memory memory_of(struct ffs_shot *s)
 		.size = s->stored ? ffs_stored_memory_size(s->stored) : s->memory_size,
 		.fd = fd < 0 ? -1 : fd,
 		.read = read_memory,
+		.heads = s->branch && !s->stored ? heads_of_branch : NULL,
 		.arg = s};
 }
 

@@ -1,5 +1,6 @@
 """Mailboxes of the microVM on KVM: a hundred forks of one branch, and what its guest makes of damaged and repeated ones."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -103,6 +104,51 @@ def test_found_running(case):
                 memory.seek(hva + page)
                 memory.write(b"x")
     assert os.listdir(mount.path / f"{kind}/mailboxes") == []
+
+
+class Iovec(ctypes.Structure):
+    """struct iovec"""
+
+    _fields_ = [("base", ctypes.c_void_p), ("len", ctypes.c_size_t)]
+
+
+def write_memory(pid, at, data):
+    """What the VMM's process writes is caught as what it writes itself is."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    local = Iovec(ctypes.cast(ctypes.create_string_buffer(data, len(data)), ctypes.c_void_p), len(data))
+    done = libc.process_vm_writev(pid, ctypes.byref(local), 1, ctypes.byref(Iovec(at, len(data))), 1, 0)
+    assert done == len(data), os.strerror(ctypes.get_errno())
+
+
+def test_found_in_flight(case):
+    """A branch in flight is searched as it was at its instant, whatever was written since, and is not captured by that."""
+    mib = 64
+    mount = case.mount()
+    for kind in ("memfd", "anonymous"):
+        vm = MicroVm(case, kind, mib=mib, kind=kind, work=4, fill=1, mailbox="config,s3cret").booted()
+        sandbox, hva = mount.attach(vm), vm.status()["hva"]
+        with open(f"/proc/{vm.pid}/mem", "rb", buffering=0) as memory:
+            memory.seek(hva)
+            whole = memory.read(mib << 20)
+        at = whole.index(b"HYPEMAN_FORK_MAILBOX_V1\0config\0")
+        spare = [(mib - 20 + i << 20) + i * PAGE for i in range(4)]  # filled, and never looked at by the guest
+        write_memory(vm.pid, hva + spare[0], whole[at:at + PAGE].replace(b"config\0", b"second\0"))
+        rig.request(sandbox / "ctl", branch={"name": "slow", "max_rate": 1 << 20})
+        branch = sandbox / "branches/slow"
+        # afterwards the one goes, and others come
+        write_memory(vm.pid, hva + spare[0], bytes(PAGE))
+        for i in (1, 2):
+            write_memory(vm.pid, hva + spare[i], whole[at:at + PAGE])
+        write_memory(vm.pid, hva + spare[3], whole[at:at + PAGE].replace(b"config\0", b"third\0"))
+        (branch / "forks/c").mkdir()
+        assert sorted(os.listdir(branch / "forks/c/mailboxes")) == ["config", "second"], kind
+        said = json.loads((branch / "status").read_text())
+        assert said["state"] == "writing" and said["captured_bytes"] < mib << 19, said
+        (branch / "forks/c/mailboxes/second").write_text('{"task":2}')
+        running = os.listdir(sandbox / "mailboxes")
+        assert "third" in running and "second" not in running, running
+        branch.rmdir()
+        vm.check_runs()
 
 
 def test_acknowledges(case):
