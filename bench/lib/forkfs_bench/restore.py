@@ -52,6 +52,8 @@ def of_command(way, branch, *options):
 class Turns:
     """All that is measured of one guest."""
 
+    bench = "restore"
+
     def __init__(self, record, name, guest, mount, make, many):
         self.record, self.name, self.guest, self.many, self.case = record, name, guest, many, mount.case
         self.sandbox = mount.attach(guest)
@@ -65,11 +67,11 @@ class Turns:
         for directory in (self.tmpfs, self.settled):  # the first ones of all bring the VMM's program and libraries into memory
             self.way.end([self.way.direct(directory / "memory.bin", directory / "vmstate")])
         dense = os.stat(self.tmpfs / "memory.bin").st_blocks * 512
-        self.record.add("restore", name, "tmpfs", 0, dense_mib=dense / MIB)
+        self.add("tmpfs", 0, dense_mib=dense / MIB)
 
     def add(self, kind, number, **metrics):
         """Samples."""
-        self.record.add("restore", self.name, kind, number, **metrics)
+        self.record.add(self.bench, self.name, kind, number, **metrics)
 
     def direct(self, kind, number, directory):
         """One child of a directory's two files, without forkfs's command; ended."""
@@ -132,18 +134,22 @@ class Turns:
         else:
             found, runs = self.side_by_side(self.settled if kind == "mount" else self.tmpfs)
             metrics = {"runs_ms": runs}
+        self.add(f"{self.many} × {kind}", number, **metrics, **self.memory_of(found))
+        self.way.end(found)
+
+    def memory_of(self, found):
+        """Memory of each of many children when it has written what it writes: means, and the most of any."""
         assert len(found) == self.many, f"{len(found)} of {self.many} children run"
         for child in found:
             self.way.at_work(child)
-        of_all = [smaps(child.pid) for child in found]
+        of_all, metrics = [smaps(child.pid) for child in found], {}
         for child in found:
             child.check_sane()
         for metric, names in (("pss_kib", ("Pss",)), ("private_kib", ("Private_Clean", "Private_Dirty")),
                               ("private_dirty_kib", ("Private_Dirty",))):
             each = [sum(one[n] for n in names) for one in of_all]
             metrics |= {metric: sum(each) / len(each), f"most_{metric}": max(each)}
-        self.add(f"{self.many} × {kind}", number, **metrics)
-        self.way.end(found)
+        return metrics
 
 
 def run_guest(record, options, mib, boot, make, many):
