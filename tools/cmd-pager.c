@@ -23,8 +23,6 @@
 #include "store/working-set.h"
 #include "tree.h"
 
-#define DEFAULT_LIMIT (256ull << 20)
-
 static struct ffs_pager *pager; /* for the signal handlers: set before they are installed */
 
 static void on_stop(int sig)
@@ -128,7 +126,7 @@ int ffs_cmd_pager(const struct ffs_command *self, int argc, char **argv)
 {
 	const char *mount = ffs_global_mount, *owner = NULL, *children = NULL, *limit = NULL, *set = NULL;
 	struct ffs_pager_options opt = {
-		.uid = geteuid(), .gid = getegid(), .limit = DEFAULT_LIMIT, .report = report};
+		.uid = geteuid(), .gid = getegid(), .limit = FFS_WORKING_SET_LIMIT, .report = report};
 	bool help = false, with_parent = false;
 	const struct ffs_opt opts[] = {{"mount", 0, FFS_OPT_VALUE, &mount},
 		{"owner", 0, FFS_OPT_VALUE, &owner}, {"children", 'n', FFS_OPT_VALUE, &children},

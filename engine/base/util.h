@@ -18,6 +18,16 @@
 #define ffs_add_overflow(a, b, out) __builtin_add_overflow(a, b, out)
 #define ffs_mul_overflow(a, b, out) __builtin_mul_overflow(a, b, out)
 
+/* Bit i of a map. */
+static inline bool ffs_bit(const uint64_t *map, uint64_t i)
+{
+	return map[i / 64] >> (i % 64) & 1;
+}
+static inline void ffs_bit_set(uint64_t *map, uint64_t i)
+{
+	map[i / 64] |= 1ull << (i % 64);
+}
+
 /* CLOCK_MONOTONIC in nanoseconds. */
 static inline uint64_t ffs_now_ns(void)
 {

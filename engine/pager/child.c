@@ -227,7 +227,7 @@ static int put_more(struct ffs_child *c, struct ffs_error *err)
 	bool prefetch = c->set_at < c->set.n;
 
 	if (prefetch) {
-		const struct ffs_span *s = &c->set.span[c->set_at];
+		const struct ffs_range *s = &c->set.span[c->set_at];
 
 		off = s->offset + c->next_off;
 		if (len > s->len - c->next_off)

@@ -8,12 +8,13 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "base/util.h"
 #include "pager/guard.h"
 #include "pager/pager.h"
 #include "store/working-set.h"
 #include "vmm/vmm.h"
 
-#define FFS_PAGER_CLUSTER 65536u /* a fault brings its whole cluster */
+#define FFS_PAGER_CLUSTER FFS_WORKING_SET_UNIT /* a fault brings its whole cluster */
 
 struct ffs_child {
 	struct ffs_pager *pager;
@@ -77,12 +78,3 @@ int ffs_child_fault(struct ffs_child *c, uint64_t hva, struct ffs_error *err);
 void ffs_child_discard(struct ffs_child *c, uint64_t start, uint64_t end);
 /* True while the VMM is changing its mappings: an event will come. */
 bool ffs_child_is_changing(struct ffs_child *c);
-
-static inline bool ffs_bit(const uint64_t *map, uint64_t i)
-{
-	return map[i / 64] >> (i % 64) & 1;
-}
-static inline void ffs_bit_set(uint64_t *map, uint64_t i)
-{
-	map[i / 64] |= 1ull << (i % 64);
-}

@@ -76,10 +76,8 @@ static uint64_t *touched_map(struct ffs_pager *p, uint64_t *memory_size)
 	for (struct ffs_child *c = p->children; map && c; c = c->next)
 		for (uint64_t i = 0; c->touched && c->geo.memory_size == p->memory_size && i < words; i++)
 			map[i] |= atomic_load_explicit(&c->touched[i], memory_order_relaxed);
-	for (unsigned i = 0; map && i < p->set.n; i++)
-		for (uint64_t off = p->set.span[i].offset; off < p->set.span[i].offset + p->set.span[i].len;
-			off += 4096)
-			ffs_bit_set(map, off / FFS_PAGER_CLUSTER);
+	if (map)
+		ffs_working_set_mark(&p->set, FFS_PAGER_CLUSTER, map);
 	pthread_mutex_unlock(&p->lock);
 	return map;
 }
@@ -119,18 +117,23 @@ static void load_working_set(struct ffs_pager *p)
 		ffs_log(FFS_LOG_WARN, "pager: %s: it is ignored", err.text);
 }
 
-/* Where the image is a file on a disk, all of it is read in one go. */
-static void read_ahead(struct ffs_child *c, uint64_t limit)
+/* No more than the limit is put there, however large the file says it is. */
+static void cut(struct ffs_working_set *set, uint64_t limit)
 {
-	for (unsigned i = 0; i < c->set.n; i++) {
-		struct ffs_span *s = &c->set.span[i];
-
-		if (s->len > limit)
-			s->len = limit;
-		limit -= s->len;
-		if (posix_fadvise(c->memory, (off_t)s->offset, (off_t)s->len, POSIX_FADV_WILLNEED) != 0)
-			return; /* a hint of a hint */
+	for (unsigned i = 0; i < set->n; i++) {
+		if (set->span[i].len > limit)
+			set->span[i].len = limit;
+		limit -= set->span[i].len;
 	}
+}
+
+/* It waits for no page. Else the rest is read when it is put there. */
+static bool is_content(void *arg)
+{
+	const struct ffs_child *c = arg;
+	struct pollfd p = {.fd = c->uffd, .events = POLLIN};
+
+	return poll(&p, 1, 0) == 0;
 }
 
 int ffs_pager_serves(struct ffs_child *c, _Atomic uint64_t *touched, struct ffs_error *err)
@@ -154,7 +157,8 @@ int ffs_pager_serves(struct ffs_child *c, _Atomic uint64_t *touched, struct ffs_
 	if (!p->recorded)
 		r = ffs_error_set(err, ENOMEM, "no memory for a VM of this size");
 	pthread_mutex_unlock(&p->lock);
-	read_ahead(c, p->opt.limit);
+	cut(&c->set, p->opt.limit);
+	ffs_working_set_read_ahead(&c->set, c->memory, c->geo.memory_size, p->opt.limit, is_content, c);
 	if (!r)
 		ffs_pager_report(c, FFS_PAGER_SERVES, "");
 	return r;

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "store/internal.h"
 
@@ -17,6 +18,7 @@
 #define FORMAT 1u
 #define UNIT 4096u
 #define FILE_MAX (64u << 20)
+#define AHEAD (128u << 10) /* of more at once the kernel takes the beginning: read_ahead_kb */
 
 /* Little-endian, as on disk. */
 struct header {
@@ -27,7 +29,7 @@ struct header {
 	struct ffs_hash hash; /* of the file with these bytes as zeros */
 };
 _Static_assert(sizeof(struct header) == 64, "the header of a working set");
-_Static_assert(sizeof(struct ffs_span) == 16, "a span of a working set");
+_Static_assert(sizeof(struct ffs_range) == 16, "a span of a working set");
 
 static int damaged(const char *path, const char *why, struct ffs_error *err)
 {
@@ -46,8 +48,8 @@ static int check(const char *path, char *text, size_t len, uint64_t memory_size,
 		return damaged(path, "is none", err);
 	if (le32toh(h.format) != FORMAT)
 		return damaged(path, "is of another format", err);
-	if (le64toh(h.n) > FILE_MAX / sizeof(struct ffs_span) ||
-		len != sizeof(h) + le64toh(h.n) * sizeof(struct ffs_span))
+	if (le64toh(h.n) > FILE_MAX / sizeof(struct ffs_range) ||
+		len != sizeof(h) + le64toh(h.n) * sizeof(struct ffs_range))
 		return damaged(path, "is cut off", err);
 	memset(text + offsetof(struct header, hash), 0, sizeof(h.hash));
 	struct ffs_hash now = ffs_hash_of(text, len);
@@ -57,11 +59,11 @@ static int check(const char *path, char *text, size_t len, uint64_t memory_size,
 	if (le64toh(h.memory_size) != memory_size)
 		return damaged(path, "is of memory of another size", err);
 	for (uint64_t i = 0; i < le64toh(h.n); i++) {
-		struct ffs_span s;
+		struct ffs_range s;
 		uint64_t end;
 
 		memcpy(&s, text + sizeof(h) + i * sizeof(s), sizeof(s));
-		s = (struct ffs_span){le64toh(s.offset), le64toh(s.len)};
+		s = (struct ffs_range){le64toh(s.offset), le64toh(s.len)};
 		if ((s.offset | s.len) % UNIT || !s.len || s.offset < last ||
 			ffs_add_overflow(s.offset, s.len, &end) || end > memory_size)
 			return damaged(path, "names what is not in its memory", err);
@@ -84,14 +86,14 @@ int ffs_working_set_read(
 	r = check(path, text, len, memory_size, err);
 	if (r < 0)
 		return r;
-	unsigned n = (unsigned)((len - sizeof(struct header)) / sizeof(struct ffs_span));
-	struct ffs_span *span = malloc((n + 1) * sizeof(*span));
+	unsigned n = (unsigned)((len - sizeof(struct header)) / sizeof(struct ffs_range));
+	struct ffs_range *span = malloc((n + 1) * sizeof(*span));
 
 	if (!span)
 		return ffs_error_set(err, ENOMEM, "no memory for a working set");
 	memcpy(span, text + sizeof(struct header), n * sizeof(*span));
 	for (unsigned i = 0; i < n; i++)
-		span[i] = (struct ffs_span){le64toh(span[i].offset), le64toh(span[i].len)};
+		span[i] = (struct ffs_range){le64toh(span[i].offset), le64toh(span[i].len)};
 	*out = (struct ffs_working_set){.n = n, .span = span};
 	return 0;
 }
@@ -126,7 +128,7 @@ int ffs_working_set_write(
 {
 	const char *slash = strrchr(path, '/');
 	_cleanup_free_ char *parent = slash ? strndup(path, (size_t)(slash + 1 - path)) : strdup("./");
-	size_t len = sizeof(struct header) + set->n * sizeof(struct ffs_span);
+	size_t len = sizeof(struct header) + set->n * sizeof(struct ffs_range);
 	_cleanup_free_ char *text = calloc(1, len);
 	struct header h = {.magic = MAGIC,
 		.format = htole32(FORMAT),
@@ -138,7 +140,7 @@ int ffs_working_set_write(
 		return ffs_error_set(err, ENOMEM, "no memory for a working set");
 	memcpy(text, &h, sizeof(h));
 	for (unsigned i = 0; i < set->n; i++) {
-		struct ffs_span s = {htole64(set->span[i].offset), htole64(set->span[i].len)};
+		struct ffs_range s = {htole64(set->span[i].offset), htole64(set->span[i].len)};
 
 		memcpy(text + sizeof(h) + i * sizeof(s), &s, sizeof(s));
 	}
@@ -153,7 +155,7 @@ int ffs_working_set_write(
 int ffs_working_set_of(
 	const uint64_t *map, uint64_t unit, uint64_t memory_size, uint64_t limit, struct ffs_working_set *out)
 {
-	struct ffs_span *span = NULL;
+	struct ffs_range *span = NULL;
 	unsigned n = 0;
 	uint64_t taken = 0;
 
@@ -168,7 +170,7 @@ int ffs_working_set_of(
 			continue;
 		}
 		if (n % 64 == 0) {
-			struct ffs_span *more = realloc(span, (n + 64) * sizeof(*span));
+			struct ffs_range *more = realloc(span, (n + 64) * sizeof(*span));
 
 			if (!more) {
 				free(span);
@@ -176,10 +178,41 @@ int ffs_working_set_of(
 			}
 			span = more;
 		}
-		span[n++] = (struct ffs_span){off, len};
+		span[n++] = (struct ffs_range){off, len};
 	}
 	*out = (struct ffs_working_set){.n = n, .span = span};
 	return 0;
+}
+
+void ffs_working_set_mark(const struct ffs_working_set *set, uint64_t unit, uint64_t *map)
+{
+	for (unsigned i = 0; i < set->n; i++)
+		for (uint64_t at = set->span[i].offset / unit; at * unit < set->span[i].offset + set->span[i].len; at++)
+			ffs_bit_set(map, at);
+}
+
+uint64_t ffs_working_set_read_ahead(const struct ffs_working_set *set, int fd, uint64_t size, uint64_t limit,
+	bool (*wanted)(void *arg), void *arg)
+{
+	uint64_t asked = 0;
+	bool on = set->n > 0;
+	/* through a mapping: only so the kernel finds the file behind one that is passed through, and what is in swap */
+	char *file = on ? mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, fd, 0) : MAP_FAILED;
+
+	if (file == MAP_FAILED)
+		return 0;
+	for (unsigned i = 0; on && i < set->n; i++) {
+		const struct ffs_range *s = &set->span[i];
+
+		for (uint64_t done = 0; on && done < s->len; done += AHEAD) {
+			uint64_t len = s->len - done < AHEAD ? s->len - done : AHEAD;
+
+			on = asked + len <= limit && (!wanted || wanted(arg)) &&
+				madvise(file + s->offset + done, len, MADV_WILLNEED) == 0;
+			asked += on ? len : 0;
+		}
+	}
+	return munmap(file, size) < 0 ? 0 : asked;
 }
 
 uint64_t ffs_working_set_bytes(const struct ffs_working_set *set)
