@@ -119,6 +119,10 @@ static void *work(void *arg)
 			ffs_print_failure(h->self, &shown);
 			h->failed++;
 		}
+		pthread_mutex_unlock(&h->lock);
+		if (!got)
+			ffs_restore_set_ready(h->r, c);
+		pthread_mutex_lock(&h->lock);
 		ffs_restore_hooks_close(h->r, c);
 		if (got < 0)
 			ffs_child_destroy(c);
@@ -189,6 +193,7 @@ static int start_all(struct herd *h, struct ffs_error *err)
 				i + 1);
 	}
 	workers = start_workers(h, thread, n);
+	ffs_restore_set_prefetch(h->r, p[0]);
 	for (int through = 0; through < workers;) {
 		char byte;
 		ssize_t got = read(p[0], &byte, 1);
@@ -249,8 +254,11 @@ static int restore(const struct ffs_command *self, struct ffs_restore *r, const 
 		r->writing = false;
 	if (!got)
 		got = ffs_restore_begin(r, a->how, &err);
-	if (!got)
+	if (!got) {
+		ffs_restore_set_open(r);
 		got = start_all(&h, &err);
+	}
+	ffs_restore_set_end(r);
 	if (got < 0)
 		return ffs_failure(self, &err);
 	if (ffs_interrupted())

@@ -46,7 +46,7 @@ const struct ffs_command ffs_commands[] = {
 	{"restore",
 		"NAME/BRANCH[/FORK] [-n COUNT] [--attach NAME [--track]] [--paused | --healthy [--ready-timeout SECONDS]] "
 		"[--accept-torn] [--trust] [--as-served] [--show] "
-		"[--vmm BINARY] [--jailer PATH] [--conf FILE] [--dir DIR] [--backend file|uffd [--no-prefetch]] [--drive ID=PATH]… "
+		"[--vmm BINARY] [--jailer PATH] [--conf FILE] [--dir DIR] [--backend file|uffd] [--no-prefetch] [--drive ID=PATH]… "
 		"[--net IFACE=TAP]… [--ack MS | --no-ack] [--ack-address IP] [-- [JAILER ARGS… --] VMM ARGS…]",
 		"start VMs that go on where the branch was taken; a line of JSON for each", ffs_cmd_restore},
 	{"exec",

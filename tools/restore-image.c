@@ -85,6 +85,7 @@ int ffs_restore_image(struct ffs_restore *r, bool as_served, struct ffs_error *e
 		int got = load(fd, r->memory_size, &r->memory_fd, err);
 
 		snprintf(dir, sizeof(dir), "%s/branches/%s", r->target.sandbox, r->target.branch);
+		r->loaded = !got;
 		if (got == -EIO)
 			ffs_tree_explain(r->tree, dir, err);
 		return got;

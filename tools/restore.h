@@ -4,6 +4,7 @@
  *   restore-start.c      one child: loaded, running, awaited
  *   restore-child.c      one process: its directory, its descriptors, its life
  *   restore-image.c      what its children map
+ *   restore-prefetch.c   the working set: what the first of them touches is read ahead for later ones
  *   restore-fork.c       a fork's own pages, written into its children
  *   restore-ack.c        what is handed over: the acknowledgements of a fork's mailboxes
  *   restore-agent.c      the wait until the agent in its guest is healthy
@@ -64,6 +65,7 @@ char *ffs_restore_expand(const char *text, const struct ffs_restore_word *words,
 
 struct ffs_restore_ops;
 struct ffs_restore_page;
+struct ffs_restore_set;
 
 struct ffs_restore {
 	const struct ffs_tree *tree;
@@ -80,6 +82,8 @@ struct ffs_restore {
 	const char *const *user_arg; /* what came after -- */
 	unsigned n_user_args;
 	int memory_fd; /* of the branch: read-only, shared by all children */
+	bool loaded;   /* it is a copy in memory, made for them */
+	struct ffs_restore_set *set; /* of restore-prefetch.c; NULL: nothing is recorded, nothing read ahead */
 	struct ffs_restore_page *page; /* what the fork target.fork has over its branch, n_pages of them; owned */
 	unsigned n_pages;
 	/* what of its mailboxes is to be acknowledged by each child, and where their frames are; n is 0: nothing */
@@ -142,9 +146,23 @@ struct ffs_sparse_words {
 /* All of `from` into the empty file `to`, with a hole for each `step` bytes that are zero. Any thread. -EINTR by a signal. */
 int ffs_copy_sparse(int from, int to, uint64_t size, size_t step, const struct ffs_sparse_words *words, struct ffs_error *err);
 
-/* ---- restore-fork.c ---- */
-
 struct ffs_child;
+
+/* ---- restore-prefetch.c ---- */
+
+/* Find the working set of a branch in the store, if one was recorded, and where it is to be. Main thread, when r->memory_fd
+ * is there. Nothing depends on it: what fails is only said. */
+void ffs_restore_set_open(struct ffs_restore *r);
+/* Have it read ahead for the children that are being started, as long as nothing is to be read from `fd`: no more of them
+ * will be then. Main thread; waits for no child and no disk. */
+void ffs_restore_set_prefetch(struct ffs_restore *r, int fd);
+/* A child is ready: what the first one has touched until now, or will have when its start is over. Its thread, no lock held. */
+void ffs_restore_set_ready(struct ffs_restore *r, const struct ffs_child *c);
+/* All have started: record it where it says more than what was there. Main thread; waits for the end of the first child's
+ * start, a tenth of a second, if none was known; frees r->set. */
+void ffs_restore_set_end(struct ffs_restore *r);
+
+/* ---- restore-fork.c ---- */
 
 /* The pages in which the fork r->target.fork differs from its branch, into r->page: it never changes from then on. Main
  * thread, when r->status is there. Waits for those pages while the branch is being captured. -ESTALE: another branch has

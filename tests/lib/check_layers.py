@@ -23,8 +23,9 @@ PUBLIC = {"engine/forkfs-engine.h", "engine/store/store.h", "engine/store/workin
 # And what `forkfs doctor` tries out by itself.
 DOCTOR = {"engine/uffd/inject.h", "engine/uffd/uffd.h"}
 
-# And how `forkfs restore` talks to the VMMs it starts, and sees where they have mapped a branch.
-RESTORE = {"engine/vmm/qmp.h", "engine/vmm/http.h", "engine/vmm/dial.h", "engine/guest/maps.h"}
+# And how `forkfs restore` talks to the VMMs it starts, and sees where they have mapped a branch and what of it they touched.
+RESTORE = {"engine/vmm/qmp.h", "engine/vmm/http.h", "engine/vmm/dial.h", "engine/guest/maps.h",
+           "engine/guest/touched.h"}
 
 
 def layer_of(path):

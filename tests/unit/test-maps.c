@@ -23,6 +23,7 @@
 #include "base/util.h"
 #include "guest/maps.h"
 #include "guest/memory.h"
+#include "guest/touched.h"
 
 #define MIB (1ull << 20)
 #define SIZE (16 * MIB)
@@ -382,6 +383,56 @@ static void ends(void **state)
 	}
 }
 
+/* What the child has touched of a file, as the map says it: 64 KiB to a bit. */
+static void touched_of(int fd, uint64_t map[5], int expected)
+{
+	struct ffs_error err = {0};
+	struct stat st;
+
+	memset(map, 0, 5 * sizeof(*map));
+	assert_int_equal(fstat(fd, &st), 0);
+	assert_int_equal(ffs_touched_read(child, st.st_dev, st.st_ino, SIZE + MIB, 16 * PAGE, map, &err), expected);
+}
+
+/* By the ioctl where the kernel has it, and without. */
+static void touched(void **state)
+{
+	char path[] = "/tmp/forkfs-maps-XXXXXX";
+	int rules = mkstemp(path);
+	uint64_t map[5];
+
+	assert_true(rules >= 0);
+	tell('w');
+	for (int again = 0; again < 2; again++) {
+		const int files[] = {memfd, file_fd};
+
+		for (unsigned f = 0; f < 2; f++) {
+			uint64_t want[5] = {0};
+
+			/* the pages are at an offset of MIB in the file */
+			ffs_bit_set(want, 16 + 3 / 16);
+			ffs_bit_set(want, 16 + 40 / 16);
+			ffs_bit_set(want, 16 + SIZE / PAGE / 16 - 1);
+			touched_of(files[f], map, 0);
+			for (unsigned i = 0; i < 5; i++)
+				assert_int_equal(map[i], want[i]);
+		}
+		assert_int_equal(write(rules, "pagemap-scan error:ENOTTY\n", 26), 26);
+		assert_int_equal(setenv("FORKFS_FAULT_FILE", path, 1), 0);
+	}
+	int other = make_file();
+
+	touched_of(other, map, -ENOENT);
+	close(other);
+	assert_int_equal(unsetenv("FORKFS_FAULT_FILE"), 0);
+	assert_int_equal(kill(child, SIGKILL), 0);
+	assert_int_equal(waitpid(child, NULL, 0), child);
+	touched_of(memfd, map, -ESRCH);
+	child = 0;
+	close(rules);
+	assert_int_equal(unlink(path), 0);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -390,6 +441,7 @@ int main(void)
 		cmocka_unit_test(markers),
 		cmocka_unit_test_setup_teardown(changes, setup, teardown),
 		cmocka_unit_test(ends),
+		cmocka_unit_test_setup_teardown(touched, setup, teardown),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
