@@ -77,6 +77,7 @@ static bool publish(
 		s->uid = req->has_owner ? req->uid : fs->uid;
 		s->gid = req->has_owner ? req->gid : fs->gid;
 		s->writable = !req->has_owner || req->owner_writes;
+		snprintf(s->origin, sizeof(s->origin), "%s", req->origin);
 		s->attached_ns = ffs_wall_ns();
 		ffs_event(fs, "attach", s->name, NULL, NULL, NULL);
 		/* a directory that was there for its branches has another owner now */

@@ -34,6 +34,7 @@ struct ffs_request {
 	enum ffs_request_kind kind;
 	char name[80];                   /* of the sandbox, or of the branch */
 	char branch[80];                 /* to adopt, to fork */
+	char origin[37];                 /* to attach: the id of the branch that it is a child of; "": none */
 	char *qemu, *coop, *firecracker; /* control sockets; at most one is given */
 	char *said;                      /* an attach, as its client wrote it */
 	char *key;                       /* of a cached branch, which has no name given */

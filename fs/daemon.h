@@ -137,6 +137,7 @@ struct ffs_sbx {
 	pid_t pid; /* of the VMM; 0: none */
 	uint64_t memory_size, attached_ns /* wall clock */, changed_ns;
 	uint64_t write_turn, imagined_turn; /* writers.c: when a branch of it was last written */
+	char origin[37];                    /* id of the branch that its VM is a child of; "": not known */
 	uint64_t adopted_ns;                /* instant of the youngest branch found in the store */
 	uid_t uid;
 	gid_t gid;

@@ -147,24 +147,36 @@ static void gate_leave(void *arg, int result)
 	pthread_mutex_unlock(&fs->names);
 }
 
-/* The youngest packed branch of the sandbox with as much memory: what the new one most likely resembles. */
-static struct ffs_stored *find_share(struct ffs_shot *s)
+/* Tree lock held: the youngest packed branch of a sandbox with as much memory, the one of that id, or `best`. */
+static struct ffs_stored *younger(const struct ffs_shot *s, const struct ffs_sbx *sbx, const char *id, struct ffs_stored *best)
 {
-	struct ffs_stored *best = NULL;
-
-	pthread_mutex_lock(&s->fs->lock);
-	for (struct ffs_list *e = s->sbx->branches.next; e != &s->sbx->branches; e = e->next) {
+	for (struct ffs_list *e = sbx->branches.next; e != &sbx->branches; e = e->next) {
 		struct ffs_named *n = ffs_container(e, struct ffs_named, link);
 		struct ffs_stored *other = n->shot ? n->shot->stored : NULL;
 
 		if (other && ffs_stored_kind(other) == FFS_STORE_PACKED &&
 			ffs_stored_memory_size(other) == s->memory_size &&
+			(!id || strcmp(ffs_stored_id(other), id) == 0) &&
 			(!best || ffs_stored_time_ns(other) > ffs_stored_time_ns(best)))
 			best = other;
 	}
+	return best;
+}
+
+/* What the new branch most likely resembles: the one before of its sandbox; of a child's, if that is younger, the branch
+ * that it was restored from, wherever that is. Who attached it may say what it likes: bytes are compared. */
+static struct ffs_stored *find_share(struct ffs_shot *s)
+{
+	struct ffs_fs *fs = s->fs;
+
+	pthread_mutex_lock(&fs->lock);
+	struct ffs_stored *best = younger(s, s->sbx, NULL, NULL);
+
+	for (struct ffs_list *e = fs->sandboxes.next; s->sbx->origin[0] && e != &fs->sandboxes; e = e->next)
+		best = younger(s, ffs_container(e, struct ffs_sbx, link), s->sbx->origin, best);
 	if (best)
 		ffs_stored_ref(best);
-	pthread_mutex_unlock(&s->fs->lock);
+	pthread_mutex_unlock(&fs->lock);
 	return best;
 }
 
@@ -190,13 +202,17 @@ static void add_key(struct json_object *manifest, struct ffs_shot *s)
 	pthread_mutex_unlock(&s->fs->lock);
 }
 
-/* The engine says whose pages it shared; else it came after the one that it resembles. */
-static void add_parent(struct json_object *manifest, const struct ffs_stored *share)
+/* The engine says whose pages it shared; else it came after the one that it resembles, or that its VM is a child of. */
+static void add_parent(struct json_object *manifest, struct ffs_shot *s, const struct ffs_stored *share)
 {
 	struct json_object *parent = NULL;
+	char id[40];
 
-	if (share && (!json_object_object_get_ex(manifest, "parent", &parent) || !parent))
-		json_object_object_add(manifest, "parent", json_object_new_string(ffs_stored_id(share)));
+	pthread_mutex_lock(&s->fs->lock);
+	snprintf(id, sizeof(id), "%s", share ? ffs_stored_id(share) : s->sbx->origin);
+	pthread_mutex_unlock(&s->fs->lock);
+	if (id[0] && (!json_object_object_get_ex(manifest, "parent", &parent) || !parent))
+		json_object_object_add(manifest, "parent", json_object_new_string(id));
 }
 
 static int read_branch(void *arg, void *buf, size_t len, uint64_t off, struct ffs_error *err)
@@ -245,7 +261,7 @@ static int write_branch(struct ffs_durable *d, struct ffs_error *err)
 	if (!r) {
 		add_owner(manifest, s->sbx);
 		add_key(manifest, s);
-		add_parent(manifest, share);
+		add_parent(manifest, s, share);
 		r = ffs_store_publish(d->draft, manifest, &gate, err);
 	}
 	json_object_put(manifest);

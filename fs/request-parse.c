@@ -179,8 +179,8 @@ static int parse_socket(struct json_object *o, struct ffs_request *req, struct f
 static int parse_attach(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
 	static const char *const keys[] = {
-		"name", "qemu", "coop", "firecracker", "pid", "track", "force", "owner", "disks", NULL};
-	const char *owner;
+		"name", "qemu", "coop", "firecracker", "pid", "track", "force", "owner", "disks", "restored_from", NULL};
+	const char *owner, *origin;
 	struct json_object *pid;
 	int r = ffs_request_known_keys(o, "attach", keys, err);
 
@@ -188,6 +188,10 @@ static int parse_attach(struct json_object *o, struct ffs_request *req, struct f
 		r = get_name(o, "attach", "sandbox", req->name, err);
 	if (!r)
 		r = ffs_request_string(o, "attach", "owner", 64, &owner, err);
+	if (!r)
+		r = ffs_request_string(o, "attach", "restored_from", sizeof(req->origin) - 1, &origin, err);
+	if (!r && origin)
+		snprintf(req->origin, sizeof(req->origin), "%s", origin);
 	if (!r)
 		r = ffs_request_bool(o, "attach", "track", &req->track, err);
 	if (!r)

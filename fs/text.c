@@ -237,6 +237,8 @@ static int make_sbx_status(struct ffs_fs *fs, struct ffs_node *node, char **text
 	snprintf(owner, sizeof(owner), "%u:%u%s", (unsigned)s->uid, (unsigned)s->gid,
 		s->writable ? ":rw" : "");
 	json_object_object_add(o, "owner", json_object_new_string(owner));
+	if (s->origin[0])
+		json_object_object_add(o, "restored_from", json_object_new_string(s->origin));
 	add_branches(s, o);
 	pthread_mutex_unlock(&fs->lock);
 	return from_json(o, text);

@@ -51,11 +51,14 @@ struct herd {
 static int attach(struct herd *h, struct ffs_child *c, struct ffs_error *err)
 {
 	struct json_object *body = json_object_new_object(), *request = json_object_new_object();
+	const char *id = ffs_json_string(h->r->status, "id");
 	int got;
 
 	json_object_object_add(request, "attach", body);
 	json_object_object_add(body, "name", json_object_new_string(c->name));
 	json_object_object_add(body, h->r->ops->kind, json_object_new_string(c->attach_socket));
+	if (strlen(id) == 36)
+		json_object_object_add(body, "restored_from", json_object_new_string(id));
 	if (h->a->track)
 		json_object_object_add(body, "track", json_object_new_boolean(true));
 	got = ffs_tree_request(h->r->tree, ".forkfs/ctl", request, NULL, err);
