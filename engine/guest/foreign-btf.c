@@ -118,12 +118,34 @@ static long member(const struct btf *b, const struct btf_type *t, const char *na
 	return -1;
 }
 
+/* A member that is wanted, and where its offset goes. */
+struct wanted {
+	const char *in, *name;
+	uint32_t *to;
+};
+
+/* A bit for each of `want` that the structure has, in its order. */
+static unsigned find_members(
+	const struct btf *b, const struct btf_type *t, const struct wanted *want, unsigned n, unsigned found)
+{
+	const char *name = name_of(b, t->name_off);
+
+	for (unsigned i = 0; i < n; i++) {
+		long o = strcmp(want[i].in, name) == 0 ? member(b, t, want[i].name, 0) : -1;
+
+		/* offsets are 16 bits of an instruction */
+		if (o < 0 || o > INT16_MAX || found & 1u << i)
+			continue;
+		*want[i].to = (uint32_t)o;
+		found |= 1u << i;
+	}
+	return found;
+}
+
 static int find_all(const struct btf *b)
 {
-	const struct {
-		const char *in, *name;
-		uint32_t *to;
-	} want[] = {
+	uint32_t f_count = 0;
+	const struct wanted want[] = {
 		{"file", "f_inode", &kernel.f_inode},
 		{"file", "f_mode", &kernel.f_mode},
 		{"inode", "i_ino", &kernel.i_ino},
@@ -138,7 +160,18 @@ static int find_all(const struct btf *b)
 		{"vm_area_struct", "vm_end", &kernel.vm_end},
 		{"vm_area_struct", "vm_pgoff", &kernel.vm_pgoff},
 	};
-	unsigned found = 0;
+	/* one of the last two */
+	const struct wanted counts[] = {
+		{"inode", "i_writecount", &kernel.i_writecount},
+		{"inode", "i_nlink", &kernel.i_nlink},
+		{"task_struct", "files", &kernel.task_files},
+		{"files_struct", "count", &kernel.files_count},
+		{"task_struct", "pid", &kernel.task_pid},
+		{"file", "f_ref", &kernel.f_ref},
+		{"file", "f_count", &f_count},
+	};
+	const unsigned n_counts = FFS_ARRAY_LEN(counts), before = (1u << (n_counts - 2)) - 1;
+	unsigned found = 0, counted = 0;
 
 	for (uint32_t id = 1; id <= b->n; id++) {
 		const struct btf_type *t = type_of(b, id);
@@ -151,16 +184,15 @@ static int find_all(const struct btf *b)
 			else if (strcmp(name + 14, "vma") == 0)
 				kernel.vma_iter = id;
 		}
-		for (unsigned i = 0; kind == BTF_KIND_STRUCT && i < FFS_ARRAY_LEN(want); i++) {
-			long o = strcmp(want[i].in, name) == 0 ? member(b, t, want[i].name, 0) : -1;
-
-			/* offsets are 16 bits of an instruction */
-			if (o < 0 || o > INT16_MAX || found & 1u << i)
-				continue;
-			*want[i].to = (uint32_t)o;
-			found |= 1u << i;
+		if (kind == BTF_KIND_STRUCT) {
+			found = find_members(b, t, want, FFS_ARRAY_LEN(want), found);
+			counted = find_members(b, t, counts, n_counts, counted);
 		}
 	}
+	kernel.f_ref_from_0 = counted & 1u << (n_counts - 2);
+	if (!kernel.f_ref_from_0)
+		kernel.f_ref = f_count;
+	kernel.counts = (counted & before) == before && counted >> (n_counts - 2);
 	return kernel.file_iter && kernel.vma_iter && found == (1u << FFS_ARRAY_LEN(want)) - 1 ? 0 : -ENOTSUP;
 }
 

@@ -1,7 +1,8 @@
-/* Looks at every other process of the machine for guest memory that it could write, as cheaply as can be:
- * with BPF iterators (foreign-bpf.c) the kernel goes through all files, and if need be all mappings, itself.
- * Without them it takes /proc, process by process (foreign-proc.c), and passes over those that have not run
- * since the look before (foreign-known.c).
+/* Looks at every other process of the machine for guest memory that it could write, as cheaply as can be: not
+ * at all where the kernel's counts say that there is none (foreign-count.c); else with BPF iterators
+ * (foreign-bpf.c) the kernel goes through all files, and if need be all mappings, itself. Without them it
+ * takes /proc, process by process (foreign-proc.c), and passes over those that have not run since the look
+ * before (foreign-known.c).
  *
  * A walk is owned by its caller and its worker threads together (refs); workers share the position in the
  * directory /proc, which the kernel locks, or have an iterator each. walk->lock protects the results. A
@@ -20,6 +21,7 @@
 #include "base/cleanup.h"
 #include "base/fault.h"
 #include "guest/foreign-bpf.h"
+#include "guest/foreign-count.h"
 #include "guest/maps.h"
 
 #define STALL_NS FFS_NS_PER_S
@@ -133,7 +135,7 @@ static int read_iterator(const struct worker *me)
 				continue;
 			if (me->mappings)
 				ffs_walk_mapping(w, pid, pid, r->dev, r->ino, r->start, r->end, r->offset);
-			else if (r->flags & 2)
+			else if (r->mode & FFS_FMODE_WRITE)
 				ffs_walk_descriptor(w, pid, pid, r->dev, r->ino);
 		}
 	return n;
@@ -355,7 +357,7 @@ static int own_mappings(struct ffs_proc_id vmm, const struct ffs_geometry *geo, 
 static int walk_by_kernel(struct ffs_proc_id vmm, const struct ffs_geometry *geo, struct ffs_foreign *out)
 {
 	int64_t before[FFS_MAX_REGIONS], after[FFS_MAX_REGIONS], shared[FFS_MAX_REGIONS];
-	int iter = ffs_bpf_iter_open(geo, false), e;
+	int iter = ffs_bpf_iter_open(geo, FFS_BPF_FILES, 0), e;
 	bool all = true;
 
 	if (iter < 0)
@@ -374,7 +376,7 @@ static int walk_by_kernel(struct ffs_proc_id vmm, const struct ffs_geometry *geo
 		all &= !geo->regions[i].ino || (shared[i] == before[i] && shared[i] == after[i]);
 	if (all && !FFS_FAULT("bpf-count"))
 		return 0;
-	iter = ffs_bpf_iter_open(geo, true);
+	iter = ffs_bpf_iter_open(geo, FFS_BPF_WRITABLE, 0);
 	return iter < 0 ? iter : walk_once(vmm, geo, iter, true, NULL, NULL, out, NULL);
 }
 
@@ -393,5 +395,11 @@ int ffs_foreign_walk(struct ffs_proc_id vmm, const struct ffs_geometry *geo, str
 			"earlier looks at the processes of this machine still hang in the kernel: find the "
 			"processes in uninterruptible sleep (ps -eo pid,stat,comm) and end what they wait "
 			"for");
+	if (ffs_foreign_alone(vmm, geo) == 1)
+		return 0;
+	int e = FFS_FAULT("look-at-all");
+
+	if (e < 0)
+		return ffs_error_errno(err, -e, "cannot look at the processes of this machine");
 	return walk_by_kernel(vmm, geo, out) == 0 ? 0 : walk_once(vmm, geo, -1, false, NULL, known, out, err);
 }

@@ -37,7 +37,8 @@ static char scratch[64];
 
 /* How the other processes are looked at: by the kernel's iterators (where it has them; of mappings only if
  * need be, or always), with its query for mappings, with the text of maps; the whole of them each time, or
- * (`again`) only what has run since the look before. A build without fault points can have the first only. */
+ * (`again`) only what has run since the look before. A build without fault points can have the first only. That
+ * nobody need be looked at is not among them: these programs hold the memory themselves (test-foreign-count.c). */
 static const struct mode {
 	const char *name, *rules;
 	bool again;
