@@ -16,6 +16,7 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "events.h"
+#include "fork.h"
 #include "keyed.h"
 #include "store/store.h"
 
@@ -43,9 +44,9 @@ static char *key_of(struct ffs_stored *stored)
 	return copy;
 }
 
-/* Tree lock held. `stored` is taken over; NULL: it failed, for the reason `why`. -EEXIST: the name is taken. */
+/* Tree lock held. `stored` and `forks` are taken over; NULL: it failed, for the reason `why`. -EEXIST: the name is taken. */
 static int insert(struct ffs_fs *fs, const char *sandbox, const char *name, struct ffs_stored *stored,
-	const char *key, const struct ffs_error *why)
+	const char *key, struct ffs_list *forks, const struct ffs_error *why)
 {
 	struct ffs_sbx *sbx = ffs_tree_find(fs, sandbox), *made = NULL;
 	struct ffs_named *n;
@@ -84,11 +85,13 @@ static int insert(struct ffs_fs *fs, const char *sandbox, const char *name, stru
 	}
 	s->named = n;
 	n->shot = s;
+	ffs_forks_adopt(n, forks);
 	sbx->changed_ns = ffs_wall_ns();
 	if (made)
 		ffs_tree_add(fs, made);
 out:
 	ffs_stored_unref(stored);
+	ffs_forks_forget(forks);
 	if (made)
 		ffs_sbx_unref(made);
 	return r;
@@ -109,9 +112,13 @@ static int adopt(void *arg, const char *sandbox, const char *name, enum ffs_stor
 	if (!stored)
 		ffs_log(FFS_LOG_WARN, "store: branch %s/%s: %s", sandbox, name, why.text);
 	_cleanup_free_ char *key = stored ? key_of(stored) : NULL;
+	struct ffs_list forks;
 
+	ffs_list_init(&forks);
+	if (stored)
+		ffs_forks_load(fs, stored, &forks);
 	pthread_mutex_lock(&fs->lock);
-	r = insert(fs, sandbox, name, stored, key, &why);
+	r = insert(fs, sandbox, name, stored, key, &forks, &why);
 	pthread_mutex_unlock(&fs->lock);
 	return r == -EEXIST ? 0 : r;
 }
@@ -120,15 +127,18 @@ int ffs_durable_adopt(struct ffs_fs *fs, const char *sandbox, const char *name, 
 {
 	struct ffs_stored *stored = NULL;
 	struct ffs_error none = {0};
+	struct ffs_list forks;
 	int r;
 
+	ffs_list_init(&forks);
 	if (!fs->store)
 		return ffs_error_set(err, EOPNOTSUPP, "this mount has no store: mount it with -o store=DIR");
 	pthread_mutex_lock(&fs->names);
 	r = ffs_stored_open(fs->store, sandbox, name, &stored, err);
 	if (!r) {
+		ffs_forks_load(fs, stored, &forks);
 		pthread_mutex_lock(&fs->lock);
-		r = insert(fs, sandbox, name, stored, NULL, &none);
+		r = insert(fs, sandbox, name, stored, NULL, &forks, &none);
 		if (!r)
 			ffs_event(fs, "ready", sandbox, name, ffs_stored_id(stored), NULL);
 		pthread_mutex_unlock(&fs->lock);

@@ -113,6 +113,8 @@ void ffs_box_open(struct ffs_call *call, struct ffs_node *node, int flags)
 
 	if (!code && node->fork && node->fork->removed)
 		code = -ffs_error_set(&err, ENOENT, "the fork was removed");
+	if (!code && node->fork && node->fork->failure.code)
+		code = -ffs_error_set(&err, EIO, "%s", node->fork->failure.text);
 	if (!code) {
 		h = ffs_handle_new(fs, node, flags, &call->who);
 		if (h)
@@ -123,10 +125,10 @@ void ffs_box_open(struct ffs_call *call, struct ffs_node *node, int flags)
 	struct ffs_staged *s = code || !f ? NULL : ffs_fork_staged(f, node->key.key);
 
 	if (s && !(flags & O_TRUNC)) {
-		h->text = malloc(s->text_len + 1);
+		h->text = malloc(s->box.text_len + 1);
 		if (h->text) {
-			memcpy(h->text, s->text, s->text_len);
-			h->text_len = s->text_len;
+			memcpy(h->text, s->box.text, s->box.text_len);
+			h->text_len = s->box.text_len;
 		} else {
 			code = ENOMEM;
 		}
@@ -257,7 +259,7 @@ static int complete(struct ffs_task *t, struct ffs_box *b, struct ffs_staged **o
 		return r;
 	(*out)->who = ffs_caller_who(&t->call.who);
 	pthread_mutex_lock(&t->call.fs->lock);
-	r = ffs_fork_may_stage(b->fork, &(*out)->frame, b->live ? &(*out)->who : NULL, err);
+	r = ffs_fork_may_stage(b->fork, &(*out)->box.frame, b->live ? &(*out)->who : NULL, err);
 	pthread_mutex_unlock(&t->call.fs->lock);
 	return r;
 }
@@ -327,8 +329,9 @@ void ffs_box_write(struct ffs_call *call, struct ffs_node *node, struct ffs_hand
 /* ---- flush, unlink
  * ------------------------------------------------------------------------------------------------ */
 
-/* Tree lock held. Every close of a copy of the descriptor comes here, also before anything was written. */
-static int publish(struct ffs_box *b, struct ffs_node *node, struct ffs_error *err)
+/* Tree lock held. Every close of a copy of the descriptor comes here, also before anything was written. 1: it has a
+ * payload that is to be published. */
+static int begin_publish(struct ffs_box *b, struct ffs_node *node, struct ffs_error *err)
 {
 	if (b->busy || b->state == BOX_PUBLISHED || b->state == BOX_SPOILT)
 		return 0;
@@ -342,24 +345,72 @@ static int publish(struct ffs_box *b, struct ffs_node *node, struct ffs_error *e
 			node->key.key, b->len);
 	}
 	/* it is read back with all the white space that came behind it */
-	ptrdiff_t begin = b->staged->payload.at - b->staged->text;
+	ptrdiff_t begin = b->staged->box.payload.at - b->staged->box.text;
 
-	free(b->staged->text);
-	b->staged->text = ffs_steal_ptr(&b->text);
-	b->staged->text_len = b->len;
-	b->staged->payload.at = b->staged->text + begin;
-	int r = b->live && (!b->live->gen || b->live->gen->failed)
-			? ffs_error_set(
-				  err, ESTALE, "the snapshot that it was meant for is over: write it again")
-			: ffs_fork_stage(b->fork, b->staged, b->live != NULL, err);
+	free(b->staged->box.text);
+	b->staged->box.text = ffs_steal_ptr(&b->text);
+	b->staged->box.text_len = b->len;
+	b->staged->box.payload.at = b->staged->box.text + begin;
+	return 1;
+}
 
+/* Tree lock held: it is in the fork now, or r says why not. */
+static void end_publish(struct ffs_box *b, int r)
+{
 	if (r < 0)
 		ffs_staged_free(b->staged);
 	b->staged = NULL;
 	b->state = r < 0 ? BOX_SPOILT : BOX_PUBLISHED;
+	b->busy = false;
 	if (b->live)
 		ffs_live_end_payload(b->live, 1);
+}
+
+/* Tree lock held: a payload for branch/, which lives in memory. */
+static int publish_live(struct ffs_box *b, struct ffs_error *err)
+{
+	int r = !b->live->gen || b->live->gen->failed
+			? ffs_error_set(
+				  err, ESTALE, "the snapshot that it was meant for is over: write it again")
+			: ffs_fork_stage(b->fork, b->staged, true, err);
+
+	end_publish(b, r);
 	return r;
+}
+
+/* A payload for a fork: the store may come first. */
+static void flush_task(struct ffs_task *t)
+{
+	struct ffs_fs *fs = t->call.fs;
+	struct ffs_box *b = t->handle->box;
+	struct ffs_error err = {0};
+	int r = ffs_fork_keep_staged(b->fork, b->staged, &err);
+
+	pthread_mutex_lock(&fs->lock);
+	end_publish(b, r);
+	pthread_mutex_unlock(&fs->lock);
+	ffs_reply_failure(fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, &err);
+}
+
+/* Claimed at once: what is in the fork must be said to be. */
+static void start_flush(struct ffs_call *call, struct ffs_node *node, struct ffs_handle *h)
+{
+	struct ffs_task *t = ffs_task_new(call, false);
+	bool mine = false;
+
+	pthread_mutex_lock(&call->fs->lock);
+	if (t) {
+		t->node = ffs_node_ref(node);
+		t->handle = ffs_handle_ref(h);
+		mine = ffs_parked_claim(t->p);
+	}
+	if (!mine)
+		end_publish(h->box, -EINTR);
+	pthread_mutex_unlock(&call->fs->lock);
+	if (mine)
+		ffs_task_start(t, flush_task);
+	else if (t)
+		ffs_task_drop(t);
 }
 
 void ffs_box_flush(struct ffs_call *call, struct ffs_node *node, struct ffs_handle *h)
@@ -371,9 +422,43 @@ void ffs_box_flush(struct ffs_call *call, struct ffs_node *node, struct ffs_hand
 
 	pthread_mutex_lock(&fs->lock);
 	if (!r)
-		r = publish(h->box, node, &err);
+		r = begin_publish(h->box, node, &err);
+	if (r == 1 && h->box->live)
+		r = publish_live(h->box, &err);
+	else if (r == 1)
+		h->box->busy = true;
 	pthread_mutex_unlock(&fs->lock);
+	if (r == 1) {
+		start_flush(call, node, h);
+		return;
+	}
 	ffs_reply_failure(fs, call->req, &call->who, ffs_node_dir_ino(node), -r, &err);
+}
+
+static void unlink_task(struct ffs_task *t)
+{
+	struct ffs_error err = {0};
+	int r = ffs_fork_keep_unstaged(t->node->fork, t->name, &err);
+
+	ffs_reply_failure(t->call.fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, &err);
+}
+
+static void start_unlink(struct ffs_call *call, struct ffs_node *dir, const char *name)
+{
+	struct ffs_task *t = ffs_task_new(call, false);
+
+	if (!t)
+		return;
+	snprintf(t->name, sizeof(t->name), "%s", name);
+	pthread_mutex_lock(&call->fs->lock);
+	t->node = ffs_node_ref(dir);
+	bool mine = ffs_parked_claim(t->p);
+
+	pthread_mutex_unlock(&call->fs->lock);
+	if (mine)
+		ffs_task_start(t, unlink_task);
+	else
+		ffs_task_drop(t);
 }
 
 void ffs_box_unlink(struct ffs_call *call, struct ffs_node *dir, const char *name)
@@ -381,9 +466,13 @@ void ffs_box_unlink(struct ffs_call *call, struct ffs_node *dir, const char *nam
 	struct ffs_fs *fs = call->fs;
 	struct ffs_error err = {0};
 
+	if (dir->fork) {
+		start_unlink(call, dir, name);
+		return;
+	}
 	pthread_mutex_lock(&fs->lock);
-	struct ffs_live *l = dir->fork ? NULL : ffs_live_of_payload(call, dir);
-	struct ffs_fork *f = l ? l->fork : dir->fork;
+	struct ffs_live *l = ffs_live_of_payload(call, dir);
+	struct ffs_fork *f = l ? l->fork : NULL;
 	int r = f ? ffs_fork_unstage(f, name, &err)
 		  : ffs_error_set(&err, ENOENT, "mailbox '%.80s' has no payload to take back", name);
 

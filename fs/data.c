@@ -158,7 +158,6 @@ void ffs_data_opened(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller 
 			h->shot->opens++;
 		h->live = live ? ffs_live_ref(live) : NULL;
 		if (node->key.kind == FFS_KIND_FORK_MEMORY) {
-			node->fork->fixed = true;
 			h->overlay = ffs_overlay_ref(node->fork->overlay);
 		}
 		if (live && node->key.kind == FFS_KIND_LIVE_MEMORY)
@@ -206,6 +205,10 @@ void ffs_named_open(struct ffs_call *call, struct ffs_node *node, int flags)
 	} else if (!code && node->named->shot->state == FFS_BRANCH_FAILED) {
 		code = EIO;
 		err = node->named->shot->failure;
+	} else if (!code && node->fork && node->fork->failure.code) {
+		code = -ffs_error_set(&err, EIO, "%s", node->fork->failure.text);
+	} else if (!code && node->key.kind == FFS_KIND_FORK_MEMORY && node->fork->changing) {
+		code = -ffs_error_set(&err, EBUSY, "a payload of fork '%s' is just being written", node->fork->name);
 	} else if (!code && (flags & O_ACCMODE) == O_RDWR && node->key.mode != FFS_MODE_DIRECT) {
 		/* the kernel looks the name up again and is given the writers' node */
 		ffs_retry_note(fs, call->who.tid, node->ino, FFS_RETRY_WRITER);
@@ -217,6 +220,8 @@ void ffs_named_open(struct ffs_call *call, struct ffs_node *node, int flags)
 		ffs_retry_take(fs, call->who.tid, node->ino);
 		shot = ffs_shot_ref(node->named->shot);
 		ffs_keyed_used(node->named);
+		if (node->key.kind == FFS_KIND_FORK_MEMORY)
+			node->fork->fixed = true;
 	}
 	pthread_mutex_unlock(&fs->lock);
 	if (code) {

@@ -9,6 +9,7 @@
 #include "durable.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <json-c/json.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -474,6 +475,24 @@ int ffs_durable_rename(struct ffs_named *n, const char *to, struct ffs_error *er
 	if (s)
 		ffs_shot_unref(s);
 	return r;
+}
+
+int ffs_durable_dir(struct ffs_named *n)
+{
+	struct ffs_fs *fs = n->sbx->fs;
+	struct ffs_shot *s;
+	struct ffs_draft *draft = draft_of(n, &s);
+	int dir = -ENODATA;
+
+	if (draft) {
+		dir = fcntl(ffs_draft_dirfd(draft), F_DUPFD_CLOEXEC, 0);
+		dir = dir < 0 ? -errno : dir;
+	} else if (fs->store && n->kind != FFS_STORE_MEMORY) {
+		dir = ffs_store_branch_dir(fs->store, n->sbx->name, n->name);
+	}
+	if (s)
+		ffs_shot_unref(s);
+	return dir;
 }
 
 /* ---- status

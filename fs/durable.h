@@ -40,5 +40,9 @@ void ffs_durable_free(struct ffs_shot *s);
 int ffs_durable_remove(struct ffs_named *n, struct ffs_error *err);
 int ffs_durable_rename(struct ffs_named *n, const char *to, struct ffs_error *err);
 
+/* fs->names held, the tree lock not: the directory of its files in the store, a draft's while it is on its way there; the
+ * caller closes it. -ENODATA: it is in memory only. */
+int ffs_durable_dir(struct ffs_named *n);
+
 /* What a branch's status says of the store. Tree lock not held. */
 void ffs_durable_status(struct ffs_shot *s, struct json_object *o);

@@ -1,7 +1,8 @@
 /* Owns forks: their life, what is staged in them, and what they say of themselves.
  *
- * Threads: any, tree lock held, but for ffs_fork_manifest() and the two FUSE handlers, which take it. Nothing
- * here waits; guest memory is read by stage.c. */
+ * Threads: any, tree lock held, but for ffs_fork_manifest() and the two FUSE handlers, which take it; these go to the
+ * pool, because the store has a fork before the tree (fork-store.c). Nothing else here waits; guest memory is read by
+ * stage.c. */
 #include "fork.h"
 
 #include <errno.h>
@@ -12,6 +13,7 @@
 
 #include "base/util.h"
 #include "box.h"
+#include "park.h"
 #include "text.h"
 
 struct ffs_fork *ffs_fork_new(struct ffs_fs *fs, struct ffs_named *named, const char *name)
@@ -47,7 +49,7 @@ void ffs_staged_free(struct ffs_staged *s)
 {
 	if (!s)
 		return;
-	free(s->text);
+	free(s->box.text);
 	free(s);
 }
 
@@ -78,7 +80,7 @@ struct ffs_fork *ffs_fork_find(struct ffs_named *named, const char *name)
 	return NULL;
 }
 
-int ffs_fork_add(struct ffs_fork *f, struct ffs_error *err)
+int ffs_fork_may_add(const struct ffs_fork *f, struct ffs_error *err)
 {
 	struct ffs_named *n = f->named;
 
@@ -88,8 +90,16 @@ int ffs_fork_add(struct ffs_fork *f, struct ffs_error *err)
 		return ffs_error_set(err, EIO, "branch '%s' failed: %.400s", n->name, n->shot->failure.text);
 	if (ffs_fork_find(n, f->name))
 		return ffs_error_set(err, EEXIST, "branch '%s' has a fork '%s' already", n->name, f->name);
-	ffs_list_add(&n->forks, &ffs_fork_ref(f)->link);
 	return 0;
+}
+
+int ffs_fork_add(struct ffs_fork *f, struct ffs_error *err)
+{
+	int r = ffs_fork_may_add(f, err);
+
+	if (!r)
+		ffs_list_add(&f->named->forks, &ffs_fork_ref(f)->link);
+	return r;
 }
 
 void ffs_fork_remove(struct ffs_fork *f)
@@ -115,7 +125,7 @@ static struct ffs_staged *at_frame(const struct ffs_fork *f, uint64_t offset)
 	for (struct ffs_list *e = f->staged.next; e != &f->staged; e = e->next) {
 		struct ffs_staged *s = ffs_container(e, struct ffs_staged, link);
 
-		if (s->frame.offset == offset)
+		if (s->box.frame.offset == offset)
 			return s;
 	}
 	return NULL;
@@ -123,10 +133,12 @@ static struct ffs_staged *at_frame(const struct ffs_fork *f, uint64_t offset)
 
 static int check_fixed(const struct ffs_fork *f, struct ffs_error *err)
 {
+	if (f->failure.code)
+		return ffs_error_set(err, EIO, "%s", f->failure.text);
 	if (!f->fixed)
 		return 0;
 	return ffs_error_set(err, EBUSY,
-		f->named ? "fork '%s' was read: it never changes again; make another"
+		f->named ? "fork '%s' was read, or made before the daemon began: it never changes again; make another"
 			 : "the snapshot%s that it was meant for was read meanwhile",
 		f->name);
 }
@@ -155,13 +167,13 @@ int ffs_fork_may_stage(const struct ffs_fork *f, const struct ffs_mailbox_frame 
 
 int ffs_fork_stage(struct ffs_fork *f, struct ffs_staged *s, bool own_only, struct ffs_error *err)
 {
-	int r = ffs_fork_may_stage(f, &s->frame, own_only ? &s->who : NULL, err);
+	int r = ffs_fork_may_stage(f, &s->box.frame, own_only ? &s->who : NULL, err);
 
 	if (r < 0)
 		return r;
-	if (ffs_overlay_set(f->overlay, s->frame.offset, s->page) < 0)
+	if (ffs_overlay_set(f->overlay, s->box.frame.offset, s->box.page) < 0)
 		return ffs_error_set(err, ENOMEM, "no memory for the payload");
-	struct ffs_staged *old = at_frame(f, s->frame.offset);
+	struct ffs_staged *old = at_frame(f, s->box.frame.offset);
 
 	if (old) {
 		ffs_list_del(&old->link);
@@ -178,22 +190,27 @@ struct ffs_staged *ffs_fork_staged(const struct ffs_fork *f, const char *text)
 	for (struct ffs_list *e = f->staged.next; e != &f->staged; e = e->next) {
 		struct ffs_staged *s = ffs_container(e, struct ffs_staged, link);
 
-		if (ffs_mailbox_means(&s->frame.id, text))
+		if (ffs_mailbox_means(&s->box.frame.id, text))
 			return s;
 	}
 	return NULL;
 }
 
+int ffs_fork_may_unstage(const struct ffs_fork *f, const char *text, struct ffs_error *err)
+{
+	return ffs_fork_staged(f, text) ? check_fixed(f, err)
+					: ffs_error_set(err, ENOENT,
+						  "mailbox '%.80s' has no payload to take back", text);
+}
+
 int ffs_fork_unstage(struct ffs_fork *f, const char *text, struct ffs_error *err)
 {
 	struct ffs_staged *s = ffs_fork_staged(f, text);
-	int r = check_fixed(f, err);
+	int r = ffs_fork_may_unstage(f, text, err);
 
-	if (!s)
-		return ffs_error_set(err, ENOENT, "mailbox '%.80s' has no payload to take back", text);
 	if (r < 0)
 		return r;
-	ffs_overlay_remove(f->overlay, s->frame.offset);
+	ffs_overlay_remove(f->overlay, s->box.frame.offset);
 	ffs_list_del(&s->link);
 	f->n_staged--;
 	ffs_staged_free(s);
@@ -207,13 +224,13 @@ static struct json_object *staged_json(const struct ffs_staged *s)
 {
 	struct json_object *o = json_object_new_object();
 
-	json_object_object_add(o, "name", json_object_new_string(s->frame.id.name));
+	json_object_object_add(o, "name", json_object_new_string(s->box.frame.id.name));
 	json_object_object_add(
-		o, "kind", json_object_new_string(ffs_mailbox_layout(s->frame.id.kind)->title));
-	json_object_object_add(o, "offset", json_object_new_int64((int64_t)s->frame.offset));
-	json_object_object_add(o, "payload_bytes", json_object_new_int64((int64_t)s->payload.len));
-	if (s->wants_ack)
-		json_object_object_add(o, "ack_timeout_ms", json_object_new_int64(s->ack_timeout_ms));
+		o, "kind", json_object_new_string(ffs_mailbox_layout(s->box.frame.id.kind)->title));
+	json_object_object_add(o, "offset", json_object_new_int64((int64_t)s->box.frame.offset));
+	json_object_object_add(o, "payload_bytes", json_object_new_int64((int64_t)s->box.payload.len));
+	if (s->box.wants_ack)
+		json_object_object_add(o, "ack_timeout_ms", json_object_new_int64(s->box.ack_timeout_ms));
 	return o;
 }
 
@@ -297,51 +314,80 @@ char *ffs_fork_manifest(struct ffs_fs *fs, struct ffs_fork *f, struct ffs_shot *
 /* ---- FUSE
  * ------------------------------------------------------------------------------------------------------- */
 
-void ffs_fork_mkdir(struct ffs_call *call, struct ffs_node *dir, const char *name)
+static void mkdir_task(struct ffs_task *t)
 {
-	struct ffs_fs *fs = call->fs;
+	struct ffs_fs *fs = t->call.fs;
 	struct ffs_error err = {0};
 	struct ffs_node *node = NULL;
-	int r = ffs_check_name("fork", name, &err);
+	int r = ffs_check_name("fork", t->name, &err);
 
 	pthread_mutex_lock(&fs->lock);
-	struct ffs_fork *f = r < 0 ? NULL : ffs_fork_new(fs, dir->named, name);
+	struct ffs_fork *f = r < 0 ? NULL : ffs_fork_new(fs, t->node->named, t->name);
 
-	if (!r && !f)
-		r = ffs_error_set(&err, ENOMEM, "no memory for a fork");
+	pthread_mutex_unlock(&fs->lock);
 	if (!r)
-		r = ffs_fork_add(f, &err);
+		r = f ? ffs_fork_keep_new(f, &err) : ffs_error_set(&err, ENOMEM, "no memory for a fork");
+	pthread_mutex_lock(&fs->lock);
 	if (!r) {
 		struct ffs_node_key key = {.kind = FFS_KIND_FORK, .object = f->serial};
 
+		/* without memory for it the next lookup finds it */
 		node = ffs_node_get_fork(fs, &key, f);
 		if (node)
 			ffs_node_ref(node);
-		else
-			ffs_fork_remove(f);
 	}
 	ffs_fork_unref(f);
 	pthread_mutex_unlock(&fs->lock);
 	if (node)
-		ffs_reply_entry(fs, call->req, node);
+		ffs_reply_entry(fs, ffs_parked_req(t->p), node);
 	else
-		ffs_reply_failure(
-			fs, call->req, &call->who, ffs_node_dir_ino(dir), r < 0 ? -r : ENOMEM, &err);
+		ffs_reply_failure(fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node),
+			r < 0 ? -r : ENOMEM, &err);
+}
+
+static void rmdir_task(struct ffs_task *t)
+{
+	struct ffs_fs *fs = t->call.fs;
+	struct ffs_error err = {0};
+
+	pthread_mutex_lock(&fs->lock);
+	struct ffs_fork *f = ffs_fork_find(t->node->named, t->name);
+
+	if (f)
+		ffs_fork_ref(f);
+	pthread_mutex_unlock(&fs->lock);
+	int r = f ? ffs_fork_keep_removed(f, &err)
+		  : ffs_error_set(&err, ENOENT, "there is no fork '%.80s'", t->name);
+
+	pthread_mutex_lock(&fs->lock);
+	ffs_fork_unref(f);
+	pthread_mutex_unlock(&fs->lock);
+	ffs_reply_failure(fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, &err);
+}
+
+/* It is claimed at once: what is done must be said to be done. */
+static void start(struct ffs_call *call, struct ffs_node *dir, const char *name, void (*run)(struct ffs_task *t))
+{
+	struct ffs_task *t = ffs_task_new(call, false);
+
+	if (!t)
+		return;
+	snprintf(t->name, sizeof(t->name), "%s", name);
+	pthread_mutex_lock(&call->fs->lock);
+	t->node = ffs_node_ref(dir);
+	pthread_mutex_unlock(&call->fs->lock);
+	if (ffs_task_claim(t))
+		ffs_task_start(t, run);
+	else
+		ffs_task_drop(t);
+}
+
+void ffs_fork_mkdir(struct ffs_call *call, struct ffs_node *dir, const char *name)
+{
+	start(call, dir, name, mkdir_task);
 }
 
 void ffs_fork_rmdir(struct ffs_call *call, struct ffs_node *dir, const char *name)
 {
-	struct ffs_fs *fs = call->fs;
-	struct ffs_error err = {0};
-	int r = 0;
-
-	pthread_mutex_lock(&fs->lock);
-	struct ffs_fork *f = ffs_fork_find(dir->named, name);
-
-	if (f)
-		ffs_fork_remove(f);
-	else
-		r = ffs_error_set(&err, ENOENT, "there is no fork '%.80s'", name);
-	pthread_mutex_unlock(&fs->lock);
-	ffs_reply_failure(fs, call->req, &call->who, ffs_node_dir_ino(dir), -r, &err);
+	start(call, dir, name, rmdir_task);
 }

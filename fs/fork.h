@@ -3,6 +3,7 @@
 
 #include "mailbox/mailbox.h"
 #include "nodes.h"
+#include "store/forks.h"
 
 struct json_object;
 
@@ -10,14 +11,8 @@ struct json_object;
  * ffs_staged_free(). */
 struct ffs_staged {
 	struct ffs_list link;
-	struct ffs_mailbox_frame frame;
-	char *text; /* as it was written; the payload is a part of it */
-	size_t text_len;
-	struct ffs_span payload;
+	struct ffs_fork_box box;
 	struct ffs_gen_who who; /* whose write it was */
-	bool wants_ack;
-	unsigned ack_timeout_ms;
-	uint8_t page[FFS_MAILBOX_PAGE]; /* the frame's, with the payload */
 };
 
 /* Tree lock. */
@@ -32,7 +27,9 @@ struct ffs_fork {
 	struct ffs_list staged;      /* struct ffs_staged */
 	unsigned n_staged;
 	struct ffs_list tokens; /* box.c */
-	bool fixed;             /* somebody has opened its memory: it never changes again */
+	bool fixed;             /* somebody has opened its memory, or an earlier daemon made it: it never changes again */
+	bool changing;          /* its file in the store is being written: nobody opens its memory meanwhile */
+	struct ffs_error failure; /* code 0: it is good; else why it can't be used */
 	bool removed;
 	uint64_t time_ns;
 	struct ffs_list link; /* in named->forks */
@@ -43,8 +40,9 @@ struct ffs_fork *ffs_fork_new(struct ffs_fs *fs, struct ffs_named *named, const 
 struct ffs_fork *ffs_fork_ref(struct ffs_fork *f);
 void ffs_fork_unref(struct ffs_fork *f);
 struct ffs_fork *ffs_fork_find(struct ffs_named *named, const char *name);
-/* Into its branch's list: -EEXIST, -ENOENT (the branch is gone), -EIO (it failed), with the sentence. */
+/* Into its branch's list: -EEXIST, -ENOENT (the branch is gone), -EIO (it failed), with the sentence; would it be? */
 int ffs_fork_add(struct ffs_fork *f, struct ffs_error *err);
+int ffs_fork_may_add(const struct ffs_fork *f, struct ffs_error *err);
 void ffs_fork_remove(struct ffs_fork *f);
 /* All of a branch that is removed. */
 void ffs_forks_drop(struct ffs_named *named);
@@ -58,9 +56,25 @@ int ffs_fork_may_stage(const struct ffs_fork *f, const struct ffs_mailbox_frame 
 int ffs_fork_stage(struct ffs_fork *f, struct ffs_staged *s, bool own_only, struct ffs_error *err);
 /* What is staged under NAME or NAME:TOKEN, or NULL. */
 struct ffs_staged *ffs_fork_staged(const struct ffs_fork *f, const char *text);
-/* Take a payload back: -ENOENT, -EBUSY. */
+/* Take a payload back: -ENOENT, -EBUSY; could it be? */
 int ffs_fork_unstage(struct ffs_fork *f, const char *text, struct ffs_error *err);
+int ffs_fork_may_unstage(const struct ffs_fork *f, const char *text, struct ffs_error *err);
 void ffs_staged_free(struct ffs_staged *s);
+
+/* ---- fork-store.c: the same changes, in the store first where the branch is kept there: what these say is done is
+ * there after a crash. Without the tree lock; pool threads ---- */
+
+int ffs_fork_keep_new(struct ffs_fork *f, struct ffs_error *err);
+int ffs_fork_keep_staged(struct ffs_fork *f, struct ffs_staged *s, struct ffs_error *err);
+int ffs_fork_keep_unstaged(struct ffs_fork *f, const char *text, struct ffs_error *err);
+int ffs_fork_keep_removed(struct ffs_fork *f, struct ffs_error *err);
+/* The forks of a stored branch, linked in `out`, of no branch yet: what can't be used has its reason. Without the tree lock. */
+void ffs_forks_load(struct ffs_fs *fs, struct ffs_stored *stored, struct ffs_list *out);
+/* Tree lock held: give them to their branch; or let them go. */
+void ffs_forks_adopt(struct ffs_named *named, struct ffs_list *loaded);
+void ffs_forks_forget(struct ffs_list *loaded);
+/* The text of its file, which the caller frees. Without the tree lock. */
+int ffs_fork_record(struct ffs_fs *fs, struct ffs_fork *f, char **text, size_t *len, struct ffs_error *err);
 
 /* ---- without the tree lock; pool threads, for these read guest memory ---- */
 

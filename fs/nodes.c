@@ -63,6 +63,7 @@ static const struct {
 	[FFS_KIND_FORK_VMSTATE] = {"vmstate", S_IFREG, 0400, FFS_KIND_FORK, false},
 	[FFS_KIND_FORK_MANIFEST] = {"manifest.json", S_IFREG, 0400, FFS_KIND_FORK, true},
 	[FFS_KIND_FORK_STATUS] = {"status", S_IFREG, 0400, FFS_KIND_FORK, true},
+	[FFS_KIND_FORK_RECORD] = {"record.json", S_IFREG, 0400, FFS_KIND_FORK, true},
 	[FFS_KIND_FORK_BOXES] = {"mailboxes", S_IFDIR, 0700, FFS_KIND_FORK_BOXES, true},
 	[FFS_KIND_SBX_BOXES] = {"mailboxes", S_IFDIR, 0700, FFS_KIND_SBX_BOXES, false},
 	[FFS_KIND_SBX_BOX] = {"", S_IFREG, 0600, FFS_KIND_SBX_BOXES, false},
@@ -381,7 +382,7 @@ static uint64_t size_of(const struct ffs_node *n)
 	case FFS_KIND_FORK_BOX: {
 		const struct ffs_staged *staged = ffs_fork_staged(n->fork, n->key.key);
 
-		return staged ? staged->text_len : 0;
+		return staged ? staged->box.text_len : 0;
 	}
 	case FFS_KIND_LIVE_MANIFEST:
 	case FFS_KIND_NAMED_MANIFEST:

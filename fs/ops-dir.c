@@ -28,7 +28,7 @@ static const enum ffs_kind named_kinds[] = {FFS_KIND_NAMED_MEMORY, FFS_KIND_NAME
 	FFS_KIND_NAMED_STATUS, FFS_KIND_NAMED_STATE, FFS_KIND_NAMED_WAIT, FFS_KIND_DISKS, FFS_KIND_FORKS,
 	FFS_KIND_NAMED_MANIFEST};
 static const enum ffs_kind fork_kinds[] = {FFS_KIND_FORK_MEMORY, FFS_KIND_FORK_VMSTATE, FFS_KIND_FORK_BOXES,
-	FFS_KIND_FORK_STATUS, FFS_KIND_FORK_MANIFEST};
+	FFS_KIND_FORK_STATUS, FFS_KIND_FORK_RECORD, FFS_KIND_FORK_MANIFEST};
 
 /* The files and directories with fixed names in a directory. */
 static unsigned children(const struct ffs_fs *fs, const struct ffs_node *dir, const enum ffs_kind **out)

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/log.h"
 #include "base/util.h"
 #include "ctl.h"
 #include "fork.h"
@@ -229,12 +230,19 @@ void ffs_request_run_fork(struct ffs_txn *t, struct ffs_request *req)
 	struct ffs_fs *fs = ffs_txn_fs(t);
 	struct ffs_error err = {0};
 
-	pthread_mutex_lock(&fs->lock);
-	int r = ffs_txn_abandoned(t)
-			? ffs_error_set(&err, EINTR, "fork '%s' was given up by its client", req->name)
-			: ffs_fork_add(req->fork, &err);
+	int r = ffs_fork_keep_new(req->fork, &err);
 
-	pthread_mutex_unlock(&fs->lock);
+	if (!r) {
+		pthread_mutex_lock(&fs->lock);
+		bool abandoned = ffs_txn_abandoned(t);
+
+		pthread_mutex_unlock(&fs->lock);
+		if (abandoned) {
+			r = ffs_error_set(&err, EINTR, "fork '%s' was given up by its client", req->name);
+			if (ffs_fork_keep_removed(req->fork, &err) < 0)
+				ffs_log(FFS_LOG_WARN, "%s", err.text);
+		}
+	}
 	struct json_object *status = r < 0 ? NULL : ffs_fork_status(fs, req->fork), *o;
 
 	if (!r && !status)

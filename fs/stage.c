@@ -176,23 +176,17 @@ int ffs_sbx_find_frame(struct ffs_sbx *sbx, const struct ffs_stage_request *req,
 /* ---- pages
  * ------------------------------------------------------------------------------------------------------ */
 
-static int put_into_page(void *arg, const void *bytes, size_t len, unsigned at)
-{
-	memcpy((uint8_t *)arg + at, bytes, len);
-	return 0;
-}
-
 /* The branch's page with the payload in it. */
 static int make_page(
 	struct ffs_shot *shot, struct ffs_staged *s, const uint8_t epoch[16], struct ffs_error *err)
 {
-	ssize_t n = read_memory(shot, s->page, sizeof(s->page), s->frame.offset, err);
+	ssize_t n = read_memory(shot, s->box.page, sizeof(s->box.page), s->box.frame.offset, err);
 
-	if (n != (ssize_t)sizeof(s->page))
+	if (n != (ssize_t)sizeof(s->box.page))
 		return err && err->text[0] ? (n < 0 ? (int)n : -EIO)
 					   : ffs_error_set(err, EIO, "the mailbox's page can't be read");
-	return ffs_mailbox_write(s->frame.id.kind, s->payload.at, s->payload.len, epoch,
-		s->wants_ack ? FFS_MAILBOX_WANTS_ACK : 0, put_into_page, s->page);
+	return ffs_mailbox_lay(
+		s->box.frame.id.kind, s->box.payload, epoch, s->box.wants_ack, 0, s->box.page, err);
 }
 
 /* Whoever starts the child adds the port at which it waits; that no room is left is known now. */
@@ -213,19 +207,19 @@ static int fill(struct ffs_shot *shot, const struct ffs_mailbox_frames *frames,
 
 	if (r < 0)
 		return r;
-	s->frame = *frame;
-	s->text = malloc(req->text_len + 1);
-	if (!s->text)
+	s->box.frame = *frame;
+	s->box.text = malloc(req->text_len + 1);
+	if (!s->box.text)
 		return ffs_error_set(err, ENOMEM, "no memory for the payload");
-	memcpy(s->text, req->text, req->text_len);
-	s->text_len = req->text_len;
-	s->wants_ack = req->wants_ack;
-	s->ack_timeout_ms = req->ack_timeout_ms;
-	r = ffs_json_object(s->text, s->text_len, &s->payload, err);
+	memcpy(s->box.text, req->text, req->text_len);
+	s->box.text_len = req->text_len;
+	s->box.wants_ack = req->wants_ack;
+	s->box.ack_timeout_ms = req->ack_timeout_ms;
+	r = ffs_json_object(s->box.text, s->box.text_len, &s->box.payload, err);
 	if (!r)
-		r = ffs_mailbox_fits(frame->id.kind, s->payload.len, frame->offset, shot->memory_size, err);
-	if (!r && s->wants_ack)
-		r = check_port(frame->id.kind, s->payload, err);
+		r = ffs_mailbox_fits(frame->id.kind, s->box.payload.len, frame->offset, shot->memory_size, err);
+	if (!r && s->box.wants_ack)
+		r = check_port(frame->id.kind, s->box.payload, err);
 	return r < 0 ? r : make_page(shot, s, epoch, err);
 }
 

@@ -286,8 +286,13 @@ struct json_object *ffs_fork_status(struct ffs_fs *fs, struct ffs_fork *f)
 		json_object_object_add(o, "sandbox", json_object_new_string(n->sbx->name));
 		json_object_object_add(o, "branch", json_object_new_string(n->name));
 		json_object_object_add(o, "branch_id", json_object_new_string(ffs_shot_id(n->shot)));
-		json_object_object_add(
-			o, "state", json_object_new_string(ffs_branch_state_name(n->shot->state)));
+		json_object_object_add(o, "state",
+			json_object_new_string(f->failure.code ? ffs_branch_state_name(FFS_BRANCH_FAILED)
+							       : ffs_branch_state_name(n->shot->state)));
+		if (f->failure.code)
+			json_object_object_add(o, "error", json_object_new_string(f->failure.text));
+		/* durable as its branch is */
+		json_object_object_add(o, "stored", json_object_new_boolean(n->shot->stored != NULL));
 		json_object_object_add(o, "memory_bytes", json_object_new_uint64(n->memory_size));
 		/* its memory is no file that the kernel could serve by itself */
 		json_object_object_add(o, "serving", json_object_new_string("daemon"));
@@ -324,7 +329,8 @@ bool ffs_text_kind(enum ffs_kind kind)
 {
 	return kind == FFS_KIND_VERSION || kind == FFS_KIND_CAPABILITIES || kind == FFS_KIND_METRICS ||
 	       kind == FFS_KIND_SBX_STATUS || kind == FFS_KIND_SBX_STATE || kind == FFS_KIND_NAMED_STATUS ||
-	       kind == FFS_KIND_NAMED_STATE || kind == FFS_KIND_FORK_STATUS;
+	       kind == FFS_KIND_NAMED_STATE || kind == FFS_KIND_FORK_STATUS ||
+	       kind == FFS_KIND_FORK_RECORD;
 }
 
 int ffs_text_make(struct ffs_fs *fs, struct ffs_node *node, char **text, size_t *len, struct ffs_error *err)
@@ -357,6 +363,8 @@ int ffs_text_make(struct ffs_fs *fs, struct ffs_node *node, char **text, size_t 
 		o = ffs_fork_status(fs, node->fork);
 		n = o ? from_json(o, text) : -ENOENT;
 		break;
+	case FFS_KIND_FORK_RECORD:
+		return ffs_fork_record(fs, node->fork, text, len, err);
 	case FFS_KIND_NAMED_STATE:
 		n = make_named_state(fs, node, text);
 		break;

@@ -174,6 +174,11 @@ bool ffs_json_element(struct ffs_span array, unsigned i, struct ffs_span *value)
 ssize_t ffs_json_add_port(
 	struct ffs_span object, unsigned port, char *out, size_t room, struct ffs_error *err);
 
+/* The page of a frame as a fork has it: `page` is the branch's, and gets the checked object `payload`. wants_ack: with
+ * its flag, and with `port` as the payload's ack_port (0: none). 0 or -errno (-EFBIG: no room), and the page is spoilt. */
+int ffs_mailbox_lay(enum ffs_mailbox_kind kind, struct ffs_span payload, const uint8_t epoch[16], bool wants_ack,
+	unsigned port, void *page, struct ffs_error *err);
+
 /* ---- overlays
  * --------------------------------------------------------------------------------------------------- */
 

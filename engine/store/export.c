@@ -15,6 +15,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "store/forks.h"
+
 void ffs_record_encode(const struct ffs_record_head *h, unsigned char out[FFS_RECORD_HEAD])
 {
 	uint32_t words[6] = {htole32(h->type), htole32(h->kind), htole32((uint32_t)h->length),
@@ -41,6 +43,7 @@ struct out {
 	struct ffs_store_progress *p;
 	XXH3_state_t *state;
 	unsigned char *buf, *packed; /* a block, and its compressed form */
+	struct ffs_error why;        /* of a fork */
 };
 
 static int put(struct out *o, const void *bytes, size_t len)
@@ -231,6 +234,30 @@ static int read_text(struct out *o, char **text, size_t *len)
 	return ffs_stored_read_manifest(o->s, *text, *len, 0) == (ssize_t)*len ? 0 : -EIO;
 }
 
+/* What is handed on is right: whoever reads the stream has no other way to tell. */
+static int put_fork(void *arg, const char *name)
+{
+	struct out *o = arg;
+	struct ffs_fork_record r = {0};
+	_cleanup_free_ char *text = NULL;
+	size_t len = 0;
+	int got = ffs_stored_fork(o->s, name, &r, &o->why);
+
+	if (!got)
+		got = ffs_fork_record_text(&r, &text, &len, &o->why);
+	if (!got)
+		got = put_record(o, FFS_RECORD_FORK, FFS_CHUNK_RAW, name, len, text, (uint32_t)len);
+	ffs_fork_record_clear(&r);
+	return got;
+}
+
+static int put_forks(struct out *o, struct ffs_error *err)
+{
+	int r = ffs_fork_files_each(o->s->dir, put_fork, o);
+
+	return r < 0 && o->why.code ? ffs_error_set(err, o->why.code, "%s", o->why.text) : r;
+}
+
 static int put_all(struct out *o, const char *text, size_t len, struct ffs_error *err)
 {
 	unsigned char header[FFS_STREAM_HEADER] = FFS_STREAM_MAGIC;
@@ -255,6 +282,8 @@ static int put_all(struct out *o, const char *text, size_t len, struct ffs_error
 		if (!ffs_stored_is_memory_file(&m.files[i]))
 			r = put_file(o, &m.files[i], err);
 	ffs_manifest_clear(&m);
+	if (!r)
+		r = put_forks(o, err);
 	if (r < 0)
 		return r;
 	r = put_record(o, FFS_RECORD_END, FFS_CHUNK_RAW, "", sizeof(h), NULL, 0);

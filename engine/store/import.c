@@ -12,6 +12,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "store/forks.h"
+
 struct in {
 	int fd;
 	struct ffs_store_progress *p;
@@ -213,7 +215,41 @@ static int get_file(struct in *in, struct ffs_draft *d, unsigned char *buf, stru
 	return r ? r : ffs_draft_add_file(d, name, size, &h);
 }
 
-/* Files, then the end. */
+/* A fork whose head was read; its text is checked with its branch when that is read. */
+static int get_fork(struct in *in, struct ffs_draft *d, struct ffs_error *err)
+{
+	char name[FFS_STREAM_NAME_MAX + 1] = "";
+	const struct ffs_record_head h = in->head;
+	struct ffs_fork_record fork = {0};
+	_cleanup_free_ char *text = NULL;
+	bool there;
+	int r;
+
+	if (h.name > FFS_STREAM_NAME_MAX || h.stored > FFS_FORK_FILE_MAX || h.length != h.stored ||
+		h.kind != FFS_CHUNK_RAW)
+		return torn(err, "a fork makes no sense");
+	text = malloc((size_t)h.stored + 1);
+	if (!text)
+		return ffs_error_set(err, ENOMEM, "no memory for a fork");
+	r = get(in, name, h.name, err);
+	if (!r)
+		r = get(in, text, h.stored, err);
+	if (!r && (strlen(name) != h.name || ffs_check_name("fork", name, NULL) < 0))
+		r = torn(err, "a fork has no name");
+	if (!r)
+		r = ffs_fork_record_parse(text, h.stored, name, in->m.id, &fork, err);
+	ffs_fork_record_clear(&fork);
+	if (r < 0)
+		return r;
+	r = ffs_fork_file_write(d->fd, name, text, h.stored);
+	if (!r)
+		r = ffs_fork_file_publish(d->fd, name, true, &there);
+	if (r == -EEXIST)
+		return torn(err, "a fork is there twice");
+	return r < 0 ? ffs_store_errno(d->st, -r, err, "fork %s of branch %s cannot be written", name, d->label) : 0;
+}
+
+/* Files, forks, then the end. */
 static int get_rest(struct in *in, struct ffs_draft *d, struct ffs_error *err)
 {
 	_cleanup_free_ unsigned char *buf = malloc(FFS_STORE_BLOCK);
@@ -227,6 +263,11 @@ static int get_rest(struct in *in, struct ffs_draft *d, struct ffs_error *err)
 		r = get_file(in, d, buf, err);
 		files++;
 	}
+	while (!r && in->head.type == FFS_RECORD_FORK) {
+		r = get_fork(in, d, err);
+		if (!r)
+			r = get_head(in, err);
+	}
 	if (r < 0)
 		return r;
 	if (in->head.type != FFS_RECORD_END || in->head.length != sizeof(said) || in->head.stored || in->head.name ||
@@ -237,6 +278,37 @@ static int get_rest(struct in *in, struct ffs_draft *d, struct ffs_error *err)
 	is = ffs_hash_digest(in->state);
 	r = get(in, &said, sizeof(said), err);
 	return r || ffs_hash_equal(&is, &said) ? r : torn(err, "its checksum is wrong");
+}
+
+/* All is written but the branch is not there yet: its forks must fit its memory. */
+struct last_look {
+	struct ffs_draft *d;
+	struct ffs_error why;
+};
+
+static int look_at_forks(void *arg)
+{
+	struct last_look *l = arg;
+	struct ffs_stored *s = NULL;
+	int r = ffs_stored_open_draft(l->d, &s, &l->why);
+
+	if (!r)
+		r = ffs_stored_check_forks(s, &l->why);
+	ffs_stored_unref(s);
+	return r;
+}
+
+static void looked(void *arg, int result)
+{
+}
+
+static int publish(struct ffs_draft *d, struct json_object *manifest, struct ffs_error *err)
+{
+	struct last_look l = {.d = d};
+	struct ffs_publish_gate gate = {.enter = look_at_forks, .leave = looked, .arg = &l};
+	int r = ffs_store_publish(d, manifest, &gate, err);
+
+	return l.why.code ? ffs_error_set(err, l.why.code, "the stream is damaged: %.480s", l.why.text) : r;
 }
 
 static enum ffs_store_kind kind_of(struct json_object *o)
@@ -282,7 +354,7 @@ int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const ch
 		json_object_object_del(manifest, "key");
 		/* by a stranger: what it says is not run without being asked for */
 		json_object_object_add(manifest, "imported", json_object_new_boolean(true));
-		r = ffs_store_publish(d, manifest, NULL, err);
+		r = publish(d, manifest, err);
 	}
 	ffs_draft_end(d);
 	json_object_put(manifest);

@@ -10,6 +10,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "store/forks.h"
+
 static const char *const kind_names[] = {"zero", "raw", "lz4"};
 
 static void add_u64(struct json_object *o, const char *key, uint64_t v)
@@ -93,6 +95,55 @@ static struct json_object *index_of(const struct ffs_stored *s, bool chunks)
 	return o;
 }
 
+static struct json_object *boxes_of(const struct ffs_fork_record *r)
+{
+	struct json_object *list = json_object_new_array();
+
+	for (unsigned i = 0; i < r->n; i++) {
+		const struct ffs_fork_box *b = &r->box[i];
+		struct json_object *o = json_object_new_object();
+
+		json_object_object_add(o, "name", json_object_new_string(b->frame.id.name));
+		json_object_object_add(
+			o, "kind", json_object_new_string(ffs_mailbox_layout(b->frame.id.kind)->title));
+		add_u64(o, "offset", b->frame.offset);
+		add_u64(o, "payload_bytes", b->payload.len);
+		if (b->wants_ack)
+			add_u64(o, "ack_timeout_ms", b->ack_timeout_ms);
+		json_object_array_add(list, o);
+	}
+	return list;
+}
+
+struct forks {
+	struct ffs_stored *s;
+	struct json_object *list;
+};
+
+static int add_fork(void *arg, const char *name)
+{
+	struct forks *f = arg;
+	struct json_object *o = json_object_new_object();
+	struct ffs_fork_record r = {0};
+	struct ffs_error why = {0};
+	char epoch[37];
+
+	json_object_object_add(o, "name", json_object_new_string(name));
+	if (ffs_stored_fork(f->s, name, &r, &why) < 0) {
+		json_object_object_add(o, "error", json_object_new_string(why.text));
+	} else {
+		ffs_uuid_text(r.epoch, epoch);
+		json_object_object_add(o, "epoch", json_object_new_string(epoch));
+		add_u64(o, "made_ns", r.made_ns);
+		if (r.ack_port)
+			add_u64(o, "ack_port", r.ack_port);
+		json_object_object_add(o, "mailboxes", boxes_of(&r));
+	}
+	ffs_fork_record_clear(&r);
+	json_object_array_add(f->list, o);
+	return 0;
+}
+
 int ffs_store_inspect(const char *path, bool chunks, struct json_object **out, struct ffs_error *err)
 {
 	struct ffs_stored *s = NULL;
@@ -119,6 +170,12 @@ int ffs_store_inspect(const char *path, bool chunks, struct json_object **out, s
 		json_object_object_add(o, "index", index_of(s, chunks));
 	else if (s->kind == FFS_STORE_PACKED)
 		json_object_object_add(o, "index_error", json_object_new_string(why.text));
+	struct forks forks = {.s = s, .list = json_object_new_array()};
+
+	json_object_object_add(o, "forks", forks.list);
+	r = ffs_fork_files_each(s->dir, add_fork, &forks);
+	if (r < 0)
+		json_object_object_add(o, "forks_error", json_object_new_string(strerror(-r)));
 	ffs_stored_unref(s);
 	*out = o;
 	return 0;

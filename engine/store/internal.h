@@ -22,6 +22,9 @@
 #define FFS_MEMORY_PACK "memory.pack."
 #define FFS_VMSTATE "vmstate"
 #define FFS_DISKS "disks/"
+#define FFS_FORKS "forks"
+#define FFS_FORK_SUFFIX ".json"
+#define FFS_FORK_RECORD "record.json" /* the same file through a mount: forks/NAME/record.json */
 #define FFS_MANIFEST_MAX (256u << 20)
 
 /* ---- ops.c: 0 (or bytes, or a descriptor) or -errno; EINTR is retried, but not by read
@@ -116,13 +119,29 @@ int ffs_draft_add_file(struct ffs_draft *d, const char *name, uint64_t size, con
 int ffs_draft_begin_other(struct ffs_store *st, const char *sandbox, const char *name, struct ffs_stored *old,
 	struct ffs_draft **out, struct ffs_error *err);
 
+/* ---- seal.c: JSON files with a version and a checksum, no I/O
+ * ------------------------------------------------------------------------------ */
+
+struct ffs_seal {
+	const char *file, *key; /* for messages; the member of the checksum */
+	size_t max;             /* bytes of a text; more are refused (EFBIG) */
+};
+/* The text of an object, with its checksum as the last member; the caller frees it. */
+int ffs_seal_text(const struct ffs_seal *s, struct json_object *o, char **out, size_t *len, struct ffs_error *err);
+/* Parse and check a text (len bytes; no NUL need follow): the format's version, its own checksum where it has one
+ * (*sealed). */
+int ffs_seal_parse(const struct ffs_seal *s, const char *text, size_t len, struct json_object **out, bool *sealed,
+	struct ffs_error *err);
+/* A member; "" where there is no such string. */
+const char *ffs_object_string(struct json_object *o, const char *key);
+/* False: there is none, or it is no size. */
+bool ffs_object_size(struct json_object *o, const char *key, uint64_t *out);
+
 /* ---- manifest.c: text and members, no I/O
  * ----------------------------------------------------------------------------------- */
 
-/* Parse and check a manifest's text (len bytes; no NUL need follow): the format's version, its own checksum where it
- * has one (*sealed). */
+/* ffs_seal_parse() and ffs_seal_text() of a manifest. */
 int ffs_manifest_parse(const char *text, size_t len, struct json_object **out, bool *sealed, struct ffs_error *err);
-/* The text of an object, with its checksum as the last member; the caller frees it. */
 int ffs_manifest_text(struct json_object *o, char **out, size_t *len, struct ffs_error *err);
 /* Replace the store's own members. */
 int ffs_manifest_fill(struct json_object *o, const struct ffs_draft *d, const struct ffs_file_entry *files,
@@ -239,9 +258,11 @@ struct ffs_stored *ffs_store_find_share(struct ffs_store *st, const char *sandbo
 /* ---- verify.c
  * ----------------------------------------------------------------------------------------------------------- */
 
-/* The manifest with all its hashes: -ENODATA when there are none, -EBADMSG when it is not whole. */
 /* The same branch with descriptors of its own. */
+/* A draft whose manifest is written, as the branch that it will be. */
+int ffs_stored_open_draft(const struct ffs_draft *d, struct ffs_stored **out, struct ffs_error *err);
 int ffs_stored_again(struct ffs_stored *s, struct ffs_stored **out, struct ffs_error *err);
+/* The manifest with all its hashes: -ENODATA when there are none, -EBADMSG when it is not whole. */
 int ffs_stored_load_hashes(struct ffs_stored *s, struct ffs_manifest *m, struct ffs_error *err);
 /* memory.bin, memory.idx or a pack: memory in one of its forms. */
 bool ffs_stored_is_memory_file(const struct ffs_file_entry *f);

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "base/fault.h"
+#include "store/forks.h"
 
 #define MAX_DEPTH 4
 
@@ -79,6 +80,9 @@ static int sync_dir(struct listing *l, int fd, const char *prefix, unsigned dept
 		struct stat s;
 
 		if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0)
+			continue;
+		/* forks come and go while the manifest never changes; each syncs its own file */
+		if (!depth && strcmp(e->d_name, FFS_FORKS) == 0)
 			continue;
 		if (snprintf(name, sizeof(name), "%s%s", prefix, e->d_name) >= (int)sizeof(name))
 			r = -ENAMETOOLONG;
@@ -146,6 +150,10 @@ static int rename_draft(struct ffs_draft *d)
 {
 	enum ffs_rename how = d->replaces ? FFS_RENAME_EXCHANGE : FFS_RENAME_NEW;
 	int r = d->discarded ? -ECANCELED : d->replaces ? check_replaced(d) : 0;
+
+	/* those of this very moment: nobody changes one while the gate is held */
+	if (!r && d->replaces)
+		r = ffs_fork_files_carry(d->replaces->dir, d->fd);
 
 	if (!r)
 		r = ffs_store_ops->rename(d->parent, d->dir, d->name, how);

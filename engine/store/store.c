@@ -368,6 +368,13 @@ int ffs_store_rename(struct ffs_store *st, const char *sandbox, const char *from
 		     : 0;
 }
 
+int ffs_store_branch_dir(struct ffs_store *st, const char *sandbox, const char *name)
+{
+	_cleanup_close_ int dir = ffs_store_open_subdir(st->fd, sandbox);
+
+	return dir < 0 ? dir : ffs_store_open_subdir(dir, name);
+}
+
 /* ---- recovery
  * ---------------------------------------------------------------------------------------------------------- */
 

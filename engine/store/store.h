@@ -85,6 +85,8 @@ int ffs_store_reap(struct ffs_store *st, const char *sandbox, struct ffs_error *
 /* Durable when it returns; -EEXIST. */
 int ffs_store_rename(struct ffs_store *st, const char *sandbox, const char *from, const char *to,
 	struct ffs_error *err);
+/* A branch's directory, for the files of its forks (forks.h): a descriptor that the caller closes, or -errno. */
+int ffs_store_branch_dir(struct ffs_store *st, const char *sandbox, const char *name);
 
 /* ---- writing a branch
  * ------------------------------------------------------------------------------------------------- */
@@ -190,7 +192,7 @@ const char *ffs_stored_disk_id(const struct ffs_stored *s, unsigned i);
 uint64_t ffs_stored_disk_size(const struct ffs_stored *s, unsigned i);
 ssize_t ffs_stored_read_disk(struct ffs_stored *s, const char *id, void *buf, size_t len, uint64_t off);
 int ffs_stored_disk_fd(struct ffs_stored *s, const char *id);
-/* Of its directory, owned by `s`. */
+/* Of its directory (forks.h), owned by `s`. */
 int ffs_stored_dirfd(const struct ffs_stored *s);
 /* ---- checking, moving, decoding
  * --------------------------------------------------------------------------------------- */
@@ -211,5 +213,5 @@ int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const ch
 int ffs_store_convert(struct ffs_store *st, const char *sandbox, const char *name, enum ffs_store_kind kind,
 	const struct ffs_publish_gate *gate, struct ffs_store_progress *p, struct ffs_error *err);
 /* What the files of a branch's directory hold, as JSON: the packed index decoded, every file with its size;
- * `chunks`: each chunk too. Opens damaged ones as far as they make sense. Owned by the caller. */
+ * `chunks`: each chunk too. The forks too. Opens damaged ones as far as they make sense. Owned by the caller. */
 int ffs_store_inspect(const char *path, bool chunks, struct json_object **out, struct ffs_error *err);

@@ -181,6 +181,11 @@ int ffs_stored_open_dir(const char *path, struct ffs_stored **out, struct ffs_er
 	return open_at(AT_FDCWD, path, path, out, err);
 }
 
+int ffs_stored_open_draft(const struct ffs_draft *d, struct ffs_stored **out, struct ffs_error *err)
+{
+	return open_at(d->parent, d->dir, d->label, out, err);
+}
+
 int ffs_stored_again(struct ffs_stored *s, struct ffs_stored **out, struct ffs_error *err)
 {
 	return open_at(s->dir, ".", s->path, out, err);

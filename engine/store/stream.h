@@ -13,6 +13,7 @@ enum ffs_record {
 	FFS_RECORD_FILE = 3,
 	FFS_RECORD_DATA = 4,
 	FFS_RECORD_END = 5,
+	FFS_RECORD_FORK = 6,
 };
 
 struct ffs_record_head {

@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "store/forks.h"
+
 static int damaged(const struct ffs_stored *s, const char *file, uint64_t off, const char *what, struct ffs_error *err)
 {
 	return ffs_error_set(
@@ -130,6 +132,8 @@ int ffs_stored_verify(struct ffs_stored *s, struct ffs_store_progress *p, struct
 		if (strcmp(m.files[i].name, FFS_MEMORY_DENSE) != 0 &&
 			!(s->kind == FFS_STORE_DENSE && is_packing(&m.files[i])))
 			r = check_file(s, &m.files[i], p, err);
+	if (!r)
+		r = ffs_stored_check_forks(s, err);
 	ffs_manifest_clear(&m);
 	return r;
 }

@@ -1,6 +1,6 @@
-/* What is read from strangers: a manifest, a packed index, an import stream.
+/* What is read from strangers: a manifest, a packed index, an import stream, a fork.
  *
- *   -DFUZZ_TARGET=manifest|index|stream   a fuzzer of it (meson option `fuzz`, by clang: tests/README.md says
+ *   -DFUZZ_TARGET=manifest|index|stream|fork   a fuzzer of it (meson option `fuzz`, by clang: tests/README.md says
  * how) -DFFS_REPLAY                          a plain program: every file of the directories named
  * (corpus/manifest, …) is tried, and those called seed* with their bytes changed in turn, and cut short
  *
@@ -17,7 +17,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "store/forks.h"
 #include "store/internal.h"
+
+#define MEMORY (1u << 20)
 
 #define STRING(x) #x
 #define NAME_OF(x) STRING(x)
@@ -64,6 +67,33 @@ static void try_index(const unsigned char *bytes, size_t len)
 	ffs_index_clear(&x);
 }
 
+static ssize_t read_zeros(void *arg, void *buf, size_t len, uint64_t off, struct ffs_error *err)
+{
+	if (off > MEMORY || len > MEMORY - off)
+		abort();
+	memset(buf, 0, len);
+	return (ssize_t)len;
+}
+
+static void try_fork(const unsigned char *text, size_t len)
+{
+	const struct ffs_mailbox_memory mem = {.size = MEMORY, .fd = -1, .read = read_zeros};
+	struct ffs_fork_record r = {0}, again = {0};
+	char *out = NULL;
+
+	if (ffs_fork_record_parse((const char *)text, len, NULL, NULL, &r, NULL) < 0)
+		return;
+	/* what is accepted can be written anew, and means the same; there is no mailbox in that memory */
+	if (ffs_fork_record_text(&r, &out, &len, NULL) < 0 ||
+		ffs_fork_record_parse(out, len, r.name, r.branch, &again, NULL) < 0 || again.n != r.n)
+		abort();
+	if ((ffs_fork_record_check(&r, &mem, NULL) == 0) != (r.n == 0))
+		abort();
+	ffs_fork_record_clear(&again);
+	ffs_fork_record_clear(&r);
+	free(out);
+}
+
 /* The branch is whole, and comes out of the store as it went in. */
 static void check_stored(struct ffs_store *st)
 {
@@ -106,6 +136,7 @@ static const struct target {
 	{"manifest", try_manifest, repair_manifest, 1},
 	{"index", try_index, repair_index, 1},
 	{"stream", try_stream, repair_stream, 5},
+	{"fork", try_fork, repair_fork, 7},
 };
 
 static const struct target *target_named(const char *name)

@@ -9,3 +9,4 @@
 unsigned char *repair_manifest(const unsigned char *in, size_t *len);
 unsigned char *repair_index(const unsigned char *in, size_t *len);
 unsigned char *repair_stream(const unsigned char *in, size_t *len);
+unsigned char *repair_fork(const unsigned char *in, size_t *len);

@@ -25,10 +25,10 @@ static unsigned char *copy_of(const unsigned char *in, size_t len)
 	return copy;
 }
 
-unsigned char *repair_manifest(const unsigned char *in, size_t *len)
+static unsigned char *repair_seal(const unsigned char *in, size_t *len, const char *head)
 {
-	static const char head[] = "\"manifest_xxh3_128\":\"", tail[] = "\"\n}\n";
-	size_t h = sizeof(head) - 1, t = sizeof(tail) - 1;
+	static const char tail[] = "\"\n}\n";
+	size_t h = strlen(head), t = sizeof(tail) - 1;
 	unsigned char *copy, *digits;
 	char hex[33];
 
@@ -43,6 +43,16 @@ unsigned char *repair_manifest(const unsigned char *in, size_t *len)
 	ffs_hash_hex(&is, hex);
 	memcpy(digits, hex, 32);
 	return copy;
+}
+
+unsigned char *repair_manifest(const unsigned char *in, size_t *len)
+{
+	return repair_seal(in, len, "\"manifest_xxh3_128\":\"");
+}
+
+unsigned char *repair_fork(const unsigned char *in, size_t *len)
+{
+	return repair_seal(in, len, "\"fork_xxh3_128\":\"");
 }
 
 unsigned char *repair_index(const unsigned char *in, size_t *len)

@@ -18,7 +18,7 @@ FORBIDDEN = {
     "tools": [],
 }
 # What everybody may include of engine/ besides base/.
-PUBLIC = {"engine/forkfs-engine.h", "engine/store/store.h", "engine/store/working-set.h", "engine/pager/pager.h",
+PUBLIC = {"engine/forkfs-engine.h", "engine/store/store.h", "engine/store/forks.h", "engine/store/working-set.h", "engine/pager/pager.h",
           "engine/mailbox/mailbox.h", "engine/mailbox/ack.h"}
 # And what `forkfs doctor` tries out by itself.
 DOCTOR = {"engine/uffd/inject.h", "engine/uffd/uffd.h"}
