@@ -23,6 +23,7 @@
 #include "agent/out.h"
 #include "base/cleanup.h"
 #include "base/util.h"
+#include "json-log.h"
 #include "vmm/dial.h"
 
 #define CLIENTS 64u
@@ -38,6 +39,7 @@ struct client {
 	bool asks;   /* waits for the guest's next answer to the health monitor */
 	struct agent_decoder dec;
 	struct agent_out out;
+	struct ffs_json_log *log; /* for the main command that it will ask for */
 };
 
 struct link {
@@ -55,6 +57,8 @@ struct link {
 	struct agent_out out;
 	struct client client[CLIENTS];
 	uint16_t last_group;
+	struct ffs_json_log *log; /* of the main command of that group, whether its client is there or not */
+	uint16_t log_group;
 };
 
 /* ---- buffers ---- */
@@ -151,12 +155,20 @@ static const char *text_of(struct json_object *o)
 
 /* ---- clients ---- */
 
+static bool has_log(const struct link *k, uint16_t group)
+{
+	return k->log && k->log_group == group;
+}
+
 static void drop(struct link *k, struct client *c)
 {
-	if (!k->over && k->hs.next == FFS_EDGES)
+	if (!k->over && k->hs.next == FFS_EDGES && !has_log(k, c->group))
 		to_agent(k, AGENT_HANGUP, (uint32_t)c->group << 16, NULL, 0);
 	ffs_close_fd(&c->fd);
 	agent_out_free(&c->out);
+	if (c->log)
+		ffs_json_log_close(c->log, ffs_wall_ns(), NULL);
+	c->log = NULL;
 }
 
 static void to_client(struct link *k, struct client *c, uint8_t type, uint32_t stream, const void *payload, size_t len)
@@ -196,7 +208,7 @@ static void take_client(struct link *k)
 		return;
 	do
 		k->last_group++; /* of those that went lately something may still be under way */
-	while (!k->last_group || client_of(k, k->last_group));
+	while (!k->last_group || client_of(k, k->last_group) || has_log(k, k->last_group));
 	*c = (struct client){.fd = fd, .group = k->last_group};
 }
 
@@ -216,9 +228,62 @@ static void answer_all(struct link *k)
 			answer(k, &k->client[i]);
 }
 
+/* ---- the log of the main command ---- */
+
+static void open_log(struct link *k, struct client *c, const struct agent_frame *f)
+{
+	_cleanup_free_ char *path = strndup((const char *)f->payload, f->len);
+	struct ffs_error err = {0};
+
+	if (!path || path[0] != '/' || c->log)
+		ffs_error_set(&err, EINVAL, "that is no name for a log");
+	else
+		ffs_json_log_open(path, FFS_JSON_LOG_BYTES, FFS_JSON_LOG_FILES, &c->log, &err);
+	if (err.code)
+		end_client(k, c, err.text);
+}
+
+/* It is the guest's from here on: its client may go. */
+static bool begin_log(struct link *k, struct client *c)
+{
+	if (k->log)
+		return false;
+	k->log = c->log;
+	k->log_group = c->group;
+	c->log = NULL;
+	return true;
+}
+
+static void end_log(struct link *k, struct client *c)
+{
+	_cleanup_free_ char *loss = NULL;
+
+	ffs_json_log_close(k->log, ffs_wall_ns(), &loss);
+	k->log = NULL;
+	if (c && loss)
+		to_client(k, c, AGENT_LOG, 0, loss, strlen(loss));
+}
+
+/* What the guest says of the command that has a log. True: it is no client's. */
+static bool to_log(struct link *k, struct client *c, const struct agent_frame *f)
+{
+	uint8_t le[4];
+	struct agent_writer w = {le, 0, 4, false};
+
+	if (f->type == AGENT_EXIT || f->type == AGENT_REFUSED)
+		end_log(k, c);
+	if (f->type != AGENT_STDOUT && f->type != AGENT_STDERR)
+		return !c;
+	ffs_json_log_put(k->log, f->type == AGENT_STDERR, f->payload, f->len, ffs_wall_ns());
+	agent_put(&w, f->len, 4);
+	to_agent(k, AGENT_WINDOW_MORE, f->stream, le, 4);
+	return true;
+}
+
 static void from_client(struct link *k, struct client *c, const struct agent_frame *f)
 {
 	bool through = k->hs.next == FFS_EDGES;
+	static const char spawned[] = "\x72\0\0\0" /* EALREADY */ "container main already spawned";
 
 	switch (f->type) {
 	case AGENT_STATUS:
@@ -233,8 +298,11 @@ static void from_client(struct link *k, struct client *c, const struct agent_fra
 		else if (through)
 			ffs_health_now(&k->health, ffs_now_ns());
 		return;
-	case AGENT_EXEC:
+	case AGENT_LOG:
+		open_log(k, c, f);
+		return;
 	case AGENT_MAIN:
+	case AGENT_EXEC:
 	case AGENT_STDIN:
 	case AGENT_STDIN_END:
 	case AGENT_SIGNAL:
@@ -242,7 +310,11 @@ static void from_client(struct link *k, struct client *c, const struct agent_fra
 	case AGENT_WINDOW_MORE:
 		if (!through)
 			end_client(k, c, "the guest is not ready yet: that is to be waited for");
-		else if (f->stream && f->stream <= 0xffff)
+		else if (!f->stream || f->stream > 0xffff)
+			return;
+		else if (f->type == AGENT_MAIN && c->log && !begin_log(k, c))
+			to_client(k, c, AGENT_REFUSED, f->stream, spawned, sizeof(spawned) - 1);
+		else
 			to_agent(k, f->type, (uint32_t)c->group << 16 | f->stream, f->payload, f->len);
 		return;
 	default:
@@ -324,6 +396,8 @@ static void from_agent(struct link *k, const struct agent_frame *f, uint64_t now
 	if (k->hs.next != FFS_EDGES)
 		return; /* of a session of the past */
 	c = client_of(k, (uint16_t)(f->stream >> 16));
+	if (has_log(k, (uint16_t)(f->stream >> 16)) && to_log(k, c, f))
+		return;
 	if (c && ((f->type >= AGENT_STARTED && f->type <= AGENT_EXIT) || f->type == AGENT_WINDOW_MORE))
 		to_client(k, c, f->type, f->stream & 0xffff, f->payload, f->len);
 }
@@ -516,6 +590,8 @@ int ffs_agent_link_run(const struct ffs_agent_link *l, int listener)
 	/* what it has said to its end, and is here already: the end of a command may be among it */
 	for (unsigned i = 0; i < REST_MAX && k.agent >= 0 && !k.hs.failed && read_agent(&k); i++)
 		;
+	if (k.log)
+		end_log(&k, client_of(&k, k.log_group));
 	if (!k.hs.failed && k.hs.next < FFS_EDGES)
 		ffs_handshake_fail(&k.hs, ECONNRESET, "the VM ended before its agent was ready", NULL);
 	say_goodbye(&k);

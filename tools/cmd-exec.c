@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -13,6 +14,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <termios.h>
 #include <unistd.h>
 
@@ -25,9 +27,9 @@
 enum { EXIT_OURS = 125, EXIT_CANNOT_RUN = 126, EXIT_NOT_FOUND = 127 };
 
 struct exec_args {
-	const char *socket, *cwd, *mount, *ready;
+	const char *socket, *cwd, *mount, *ready, *log, *exit_file;
 	struct ffs_words env;
-	bool input, tty, main, help;
+	bool input, tty, main, detach, help;
 	unsigned ready_s;
 	char **command;
 	unsigned n_words;
@@ -35,7 +37,7 @@ struct exec_args {
 
 struct running {
 	int fd, signals;
-	bool tty, input_open;
+	bool tty, input_open, detach;
 	uint32_t credit; /* of stdin */
 	struct ffs_agent_input in;
 	int code; /* -1: it runs */
@@ -138,6 +140,12 @@ static void on_refused(struct running *run, const struct agent_frame *f)
 									   : EXIT_OURS;
 }
 
+/* The link has lost lines of the main command's log. */
+static void on_loss(const struct agent_frame *f)
+{
+	fprintf(stderr, "forkfs exec: the log is not whole: %.*s\n", (int)(f->len > 400 ? 400 : f->len), (const char *)f->payload);
+}
+
 /* Frames come from the guest; what makes no sense is passed over. */
 static int on_frame(struct running *run, const struct agent_frame *f)
 {
@@ -151,6 +159,13 @@ static int on_frame(struct running *run, const struct agent_frame *f)
 	case AGENT_WINDOW_MORE:
 		a = agent_get(&r, 4);
 		run->credit = (uint32_t)(a > AGENT_WINDOW - run->credit ? AGENT_WINDOW : run->credit + a);
+		return 0;
+	case AGENT_STARTED:
+		if (run->detach)
+			run->code = 0;
+		return 0;
+	case AGENT_LOG:
+		on_loss(f);
 		return 0;
 	case AGENT_REFUSED:
 		on_refused(run, f);
@@ -215,7 +230,7 @@ static int make_command(const struct exec_args *a, uint8_t *out, size_t *len, st
 
 	if (a->n_words > AGENT_WORDS_MAX || a->env.n + 1 > AGENT_WORDS_MAX)
 		return ffs_error_set(err, E2BIG, "at most %u words and as many variables", AGENT_WORDS_MAX);
-	e.flags = (uint8_t)((a->tty ? AGENT_EXEC_TTY : 0) | (a->input ? AGENT_EXEC_STDIN : 0));
+	e.flags = (uint8_t)((a->tty ? AGENT_EXEC_TTY : 0) | (a->input ? AGENT_EXEC_STDIN : 0) | (a->log ? AGENT_EXEC_OUTPUT : 0));
 	window_size(&e.rows, &e.cols);
 	e.cwd = a->cwd;
 	for (; e.argc < a->n_words; e.argc++)
@@ -243,14 +258,48 @@ static int signals_of(void)
 	return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
+/* The link writes it, wherever that was started. */
+static int send_log(int fd, const char *log)
+{
+	_cleanup_free_ char *cwd = log[0] == '/' ? NULL : getcwd(NULL, 0), *path = NULL;
+
+	if (log[0] != '/' && !cwd)
+		return -errno;
+	if (asprintf(&path, "%s%s%s", cwd ? cwd : "", cwd ? "/" : "", log) < 0)
+		return -ENOMEM;
+	return strlen(path) < PATH_MAX ? ffs_agent_send(fd, AGENT_LOG, 0, path, strlen(path)) : -ENAMETOOLONG;
+}
+
+/* ---- the file with the main command's code ---- */
+
+/* The agent has it on the disk before anybody hears of the end, so it is there when the connection, or the VM, is gone.
+ * One that is as it was before is of the past. -1: it says nothing. */
+static int code_in_file(const char *path, const struct stat *before_it)
+{
+	_cleanup_free_ char *text = NULL;
+	struct stat st;
+	size_t len = 0;
+	char *end;
+	long code;
+
+	if (!path || stat(path, &st) < 0 || ffs_read_file(path, 64, &text, &len) < 0)
+		return -1;
+	if (st.st_ino == before_it->st_ino && st.st_dev == before_it->st_dev && st.st_mtim.tv_sec == before_it->st_mtim.tv_sec &&
+		st.st_mtim.tv_nsec == before_it->st_mtim.tv_nsec)
+		return -1;
+	code = strtol(text, &end, 10);
+	return end > text && *end == '\n' && code >= 0 && code <= 255 ? (int)code : -1;
+}
+
 static int run(const char *name, const struct exec_args *a, struct ffs_error *err)
 {
 	static struct running run = {.code = -1, .credit = AGENT_WINDOW};
 	_cleanup_free_ char *path = NULL;
 	struct ffs_agent_link l = {.ready_s = a->ready_s};
 	uint8_t payload[AGENT_PAYLOAD_MAX];
+	struct stat was = {0};
 	size_t len;
-	int got = make_command(a, payload, &len, err);
+	int got = make_command(a, payload, &len, err), code;
 
 	if (!got && name)
 		got = ffs_agent_of(name, a->mount, &l.pid, &path, err);
@@ -259,6 +308,7 @@ static int run(const char *name, const struct exec_args *a, struct ffs_error *er
 	l.socket = name ? path : a->socket;
 	run.err = err;
 	run.tty = a->tty;
+	run.detach = a->detach;
 	run.input_open = a->input;
 	run.fd = ffs_agent_dial(&l, err);
 	/* until here Ctrl-C ends us: nothing of ours runs in the guest */
@@ -269,10 +319,20 @@ static int run(const char *name, const struct exec_args *a, struct ffs_error *er
 		make_raw();
 		atexit(restore_terminal);
 	}
-	got = ffs_agent_send(run.fd, a->main ? AGENT_MAIN : AGENT_EXEC, 1, payload, len);
+	if (a->exit_file && stat(a->exit_file, &was) < 0)
+		was = (struct stat){0};
+	got = a->log ? send_log(run.fd, a->log) : 0;
 	if (!got)
+		got = ffs_agent_send(run.fd, a->main ? AGENT_MAIN : AGENT_EXEC, 1, payload, len);
+	/* a link that is gone already has said why */
+	if (!got || got == -EPIPE)
 		got = run_to_the_end(&run);
 	restore_terminal();
+	code = err->code && got >= 0 ? -1 : code_in_file(a->exit_file, &was);
+	if (code >= 0) {
+		*err = (struct ffs_error){0};
+		return code;
+	}
 	if (got < 0 && !err->code)
 		ffs_error_errno(err, -got, "the link to the guest's agent");
 	return got < 0 ? EXIT_OURS : run.code;
@@ -288,6 +348,10 @@ static int check(struct exec_args *a, struct ffs_error *err)
 			return ffs_error_set(err, EINVAL, "--env is NAME=VALUE, not '%.100s'", a->env.word[i]);
 	if (a->tty && !isatty(STDIN_FILENO))
 		return ffs_error_set(err, ENOTTY, "-t wants a terminal as stdin");
+	if (!a->main && (a->log || a->detach || a->exit_file))
+		return ffs_error_set(err, EINVAL, "%s is of a main command: --main", a->log ? "--log" : a->detach ? "--detach" : "--exit-file");
+	if (a->detach && a->exit_file)
+		return ffs_error_set(err, EINVAL, "--detach and --exit-file exclude each other: who leaves hears of no end");
 	if (a->main && (a->tty || a->input))
 		return ffs_error_set(err, EINVAL, "--main has the guest's console, and neither -t nor -i");
 	return a->n_words ? 0 : ffs_error_set(err, EINVAL, "what shall be run goes after --");
@@ -309,6 +373,9 @@ int ffs_cmd_exec(const struct ffs_command *self, int argc, char **argv)
 		{"env", 'e', FFS_OPT_EACH, &a.env},
 		{"cwd", 'w', FFS_OPT_VALUE, &a.cwd},
 		{"main", 0, FFS_OPT_FLAG, &a.main},
+		{"log", 0, FFS_OPT_VALUE, &a.log},
+		{"detach", 'd', FFS_OPT_FLAG, &a.detach},
+		{"exit-file", 0, FFS_OPT_VALUE, &a.exit_file},
 		{"socket", 0, FFS_OPT_VALUE, &a.socket},
 		{"ready-timeout", 0, FFS_OPT_VALUE, &a.ready},
 		{"mount", 0, FFS_OPT_VALUE, &a.mount},

@@ -50,7 +50,7 @@ const struct ffs_command ffs_commands[] = {
 		"[--net IFACE=TAP]… [--ack MS | --no-ack] [--ack-address IP] [-- [JAILER ARGS… --] VMM ARGS…]",
 		"start VMs that go on where the branch was taken; a line of JSON for each", ffs_cmd_restore},
 	{"exec",
-		"(SANDBOX | --socket PATH) [-i] [-t] [--env NAME=VALUE]… [--cwd DIR] [--main] [--ready-timeout SECONDS] -- COMMAND ARGS…",
+		"(SANDBOX | --socket PATH) [-i] [-t] [--env NAME=VALUE]… [--cwd DIR] [--main [--log FILE] [--detach | --exit-file FILE]] [--ready-timeout SECONDS] -- COMMAND ARGS…",
 		"run a command in a guest that has the agent; its exit code is ours", ffs_cmd_exec},
 	{"health", "(SANDBOX | --socket PATH) [--wait SECONDS] [--json]", "ask whether the agent in a guest answers", ffs_cmd_health},
 	{"verify", "PATH…",

@@ -48,6 +48,9 @@ void option_mailbox(char *word);
 
 /* File systems, modules of /modules/order, the console; the kernel's command line into `options`. */
 void boot(void);
+/* The main command's code, in the file that was asked for: on the disk when it comes back. None while it runs. */
+void exit_file_write(int code);
+void exit_file_remove(void);
 void power_off(void) __attribute__((noreturn));
 
 /* ---- channel.c: where a host comes in ---- */
@@ -95,6 +98,17 @@ bool process_ended(pid_t pid, int status);
 /* The main command: once in the life of the guest. argv of the agent's own command line, or a request. */
 void process_main(struct conn *c, const struct agent_frame *f);
 void process_main_argv(char **argv);
+
+/* When process_tick() has something to do, -1: never. */
+int process_due_ms(void);
+void process_tick(void);
+
+/* ---- console.c: what a main command says that no host takes ---- */
+
+/* False: what was put before has not gone yet. process_resume(NULL) is called when it has. */
+bool console_room(void);
+/* At most AGENT_PAYLOAD_MAX bytes, when there is room. */
+void console_put(const void *bytes, size_t n);
 
 /* ---- mailboxes.c ---- */
 

@@ -126,9 +126,11 @@ int main(int argc, char **argv)
 		process_main_argv(argv + optind);
 	for (;;) {
 		struct epoll_event e;
-		int n = epoll_wait(epoll_fd, &e, 1, mailboxes_due_ms());
+		int look = mailboxes_due_ms(), due = process_due_ms();
+		int n = epoll_wait(epoll_fd, &e, 1, due >= 0 && (look < 0 || due < look) ? due : look);
 
 		mailboxes_look();
+		process_tick();
 		if (n == 1) {
 			struct watch *w = e.data.ptr;
 

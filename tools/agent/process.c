@@ -2,7 +2,11 @@
  *
  * An EXIT is said when a command was reaped and all that it had written until then was passed on: what lies in its pipes
  * at that moment is counted, so neither a last line is lost nor is a grandchild waited for that keeps them open. Flow is
- * limited by the host's credit and by what its connection takes; a command that is not read waits in its own write. */
+ * limited by the host's credit and by what its connection takes; a command that is not read waits in its own write.
+ *
+ * The main command has the agent's stdout and stderr, or pipes for a host that keeps its log; when that host is gone, and in
+ * a guest that was restored, what comes through these goes to the agent's stderr. After its end they are read until nobody
+ * has them any more or nothing has come for a while: a tee or a logger behind it may have the last words. */
 #include "agent.h"
 #include "spawn.h"
 
@@ -17,10 +21,14 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <termios.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PROCESSES_MAX 1024u
 #define PTY_REST 65536u /* of a terminal, what may come after its command has ended: it cannot be counted */
+
+#define QUIET_NS 1000000000ull
+#define QUIET_MAX_NS 5000000000ull /* who is never silent is not waited for longer */
 
 struct process {
 	struct watch born, in, out, err;
@@ -40,6 +48,9 @@ struct process {
 static struct process *all;
 static unsigned count;
 static pid_t main_pid = -1; /* -1: it was never started; -2: it is being started */
+/* The main command, when it has ended and its pipes are still open, until when that is. */
+static struct process *draining;
+static uint64_t quiet_at_ns, drained_at_ns;
 
 static void on_output(struct process *p, struct watch *w);
 static void refresh(struct process *p);
@@ -89,6 +100,8 @@ static void forget(struct process *p)
 		at = &(*at)->next;
 	*at = p->next;
 	count--;
+	if (draining == p)
+		draining = NULL;
 	close_streams(p);
 	watch_close(&p->born);
 	if (p->pidfd >= 0)
@@ -98,32 +111,23 @@ static void forget(struct process *p)
 
 /* ---- the main command's end ---- */
 
-static void write_exit_file(int code)
-{
-	char text[16], temporary[300];
-	int n = snprintf(text, sizeof(text), "%d\n", code);
-	int fd;
-
-	if (!options.exit_file || snprintf(temporary, sizeof(temporary), "%s.new", options.exit_file) >= (int)sizeof(temporary))
-		return;
-	fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-	/* whole or not there, and on the disk before anybody hears of it */
-	if (fd < 0 || write(fd, text, (size_t)n) != n || fsync(fd) < 0 || rename(temporary, options.exit_file) < 0)
-		say("forkfs-agent: %s: %s", options.exit_file, strerror(errno));
-	if (fd >= 0)
-		close(fd);
-	sync();
-}
-
 static void main_ended(const struct process *p)
 {
 	int code = WIFSIGNALED(p->status) ? 128 + WTERMSIG(p->status) : WEXITSTATUS(p->status);
 
-	write_exit_file(code);
+	exit_file_write(code);
 	say("forkfs-agent: main ended: %d", code);
 }
 
 /* ---- output ---- */
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
 
 static void say_exit(struct process *p)
 {
@@ -137,12 +141,18 @@ static void say_exit(struct process *p)
 		power_off();
 }
 
+/* Somebody takes its output, and has room. */
+static bool is_taken(const struct process *p)
+{
+	return p->c ? p->credit && !conn_full(p->c) : p->is_main && console_room();
+}
+
 static void refresh_one(struct process *p, struct watch *w)
 {
 	if (w->fd < 0)
 		return;
 	/* not even asked for: a pipe whose writers are gone would report that again and again */
-	if (p->credit && p->c && !conn_full(p->c))
+	if (is_taken(p))
 		watch_arm(w, EPOLLIN);
 	else
 		watch_disarm(w);
@@ -161,21 +171,26 @@ static void on_output(struct process *p, struct watch *w)
 	uint8_t piece[AGENT_PAYLOAD_MAX];
 	ssize_t n;
 
-	if (!p->credit) {
+	if (!is_taken(p)) {
 		refresh(p);
 		return;
 	}
-	if (most > p->credit)
+	if (p->c && most > p->credit)
 		most = p->credit;
 	if (p->ended && most > *rest)
 		most = *rest;
 	n = most ? read(w->fd, piece, most) : 0;
-	if (n < 0 && (errno == EINTR || (errno == EAGAIN && !p->ended)))
+	if (n < 0 && (errno == EINTR || (errno == EAGAIN && (!p->ended || draining == p))))
 		return;
 	if (n > 0) {
-		p->credit -= (uint32_t)n;
+		p->credit -= p->c ? (uint32_t)n : 0;
 		*rest -= p->ended ? (size_t)n : 0;
-		tell(p, w == &p->out ? AGENT_STDOUT : AGENT_STDERR, piece, (size_t)n);
+		if (draining == p)
+			quiet_at_ns = now_ns() + QUIET_NS;
+		if (p->c)
+			tell(p, w == &p->out ? AGENT_STDOUT : AGENT_STDERR, piece, (size_t)n);
+		else
+			console_put(piece, (size_t)n);
 	}
 	if (n <= 0 || (p->ended && !*rest))
 		watch_close(w);
@@ -187,7 +202,7 @@ static bool is_over(struct process *p)
 {
 	if (!p->ended || p->born.fd >= 0)
 		return false;
-	if (p->c && (p->out.fd >= 0 || p->err.fd >= 0))
+	if ((p->c || p->is_main) && (p->out.fd >= 0 || p->err.fd >= 0))
 		return false;
 	say_exit(p);
 	return true;
@@ -341,7 +356,9 @@ static void start(struct conn *c, uint32_t stream, const struct agent_exec *e, b
 		refuse(c, stream, ENOMEM, "no memory for another command");
 		return;
 	}
-	r = spawn_command(e, is_main, -1, &s);
+	if (is_main)
+		exit_file_remove();
+	r = spawn_command(e, is_main && !(e->flags & AGENT_EXEC_OUTPUT), -1, &s);
 	if (r < 0) {
 		refuse(c, stream, -r, strerror(-r));
 		forget(p);
@@ -383,8 +400,10 @@ void process_main(struct conn *c, const struct agent_frame *f)
 		refuse(c, f->stream, EINVAL, "that is no command, or its number is in use");
 	else if (main_pid != -1)
 		refuse(c, f->stream, EALREADY, "container main already spawned");
-	else
+	else {
+		e.flags &= AGENT_EXEC_OUTPUT;
 		start(c, f->stream, &e, true);
+	}
 }
 
 void process_main_argv(char **argv)
@@ -454,11 +473,14 @@ void process_hangup(const struct conn *c, bool any, uint32_t group)
 		next = p->next;
 		if (p->c != c || (!any && p->stream >> 16 != group))
 			continue;
-		/* the main command is the guest's, not the connection's */
-		if (!p->is_main)
-			send_signal(p, SIGHUP);
 		p->c = NULL;
-		close_streams(p);
+		/* the main command is the guest's, not the connection's */
+		if (p->is_main) {
+			refresh(p);
+		} else {
+			send_signal(p, SIGHUP);
+			close_streams(p);
+		}
 		is_over(p);
 	}
 }
@@ -479,6 +501,49 @@ static size_t left_in(const struct watch *w, bool tty)
 	return w->fd >= 0 && ioctl(w->fd, FIONREAD, &n) == 0 && n > 0 ? (size_t)n : 0;
 }
 
+/* What was written until now is passed on, and nothing after it. */
+static void count_rest(struct process *p)
+{
+	p->rest_out = left_in(&p->out, p->tty);
+	p->rest_err = left_in(&p->err, false);
+	if (p->out.fd >= 0 && !p->rest_out)
+		watch_close(&p->out);
+	if (p->err.fd >= 0 && !p->rest_err)
+		watch_close(&p->err);
+}
+
+static void begin_drain(struct process *p)
+{
+	draining = p;
+	p->rest_out = p->rest_err = SIZE_MAX;
+	quiet_at_ns = now_ns() + QUIET_NS;
+	drained_at_ns = now_ns() + QUIET_MAX_NS;
+}
+
+int process_due_ms(void)
+{
+	uint64_t now = now_ns(), due = quiet_at_ns < drained_at_ns ? quiet_at_ns : drained_at_ns;
+
+	return !draining ? -1 : due <= now ? 0 : (int)((due - now + 999999) / 1000000);
+}
+
+void process_tick(void)
+{
+	struct process *p = draining;
+
+	if (!p || process_due_ms() > 0)
+		return;
+	/* not silent: it is not taken */
+	if (now_ns() < drained_at_ns && left_in(&p->out, false) + left_in(&p->err, false)) {
+		quiet_at_ns = now_ns() + QUIET_NS;
+		return;
+	}
+	draining = NULL;
+	count_rest(p);
+	refresh(p);
+	is_over(p);
+}
+
 bool process_ended(pid_t pid, int status)
 {
 	struct process *p = all;
@@ -491,14 +556,12 @@ bool process_ended(pid_t pid, int status)
 		p->born.ready(&p->born, 0); /* its exec is over, one way or the other */
 	p->ended = true;
 	p->status = status;
-	p->rest_out = left_in(&p->out, p->tty);
-	p->rest_err = left_in(&p->err, false);
 	if (p->is_main)
 		main_ended(p);
-	if (p->out.fd >= 0 && !p->rest_out)
-		watch_close(&p->out);
-	if (p->err.fd >= 0 && !p->rest_err)
-		watch_close(&p->err);
+	if (p->is_main && p->out.fd >= 0)
+		begin_drain(p);
+	else
+		count_rest(p);
 	refresh(p);
 	is_over(p);
 	return true;

@@ -53,6 +53,8 @@ enum agent_type {
 	 * 0 at once, 1 with the guest's next answer to the health monitor, which asks it now */
 	AGENT_STATUS = 96,
 	AGENT_HEALTH = 97,
+	/* the file that gets the output of the main command which is asked for next; the other way: what is missing in it */
+	AGENT_LOG = 98,
 };
 
 struct agent_frame {
@@ -129,7 +131,8 @@ struct agent_ack {
 bool agent_ack_parse(const struct agent_frame *f, struct agent_ack *out);
 size_t agent_ack_make(const struct agent_ack *a, uint8_t out[64]);
 
-enum { AGENT_EXEC_TTY = 1, AGENT_EXEC_STDIN = 2 };
+/* OUTPUT: of a main command, whose output then goes to the host and not to the console. */
+enum { AGENT_EXEC_TTY = 1, AGENT_EXEC_STDIN = 2, AGENT_EXEC_OUTPUT = 4 };
 
 struct agent_exec {
 	uint8_t flags;
