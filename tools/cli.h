@@ -44,6 +44,9 @@ int ffs_cmd_pager(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_doctor(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_health(const struct ffs_command *self, int argc, char **argv);
 int ffs_cmd_exec(const struct ffs_command *self, int argc, char **argv);
+int ffs_cmd_pool(const struct ffs_command *self, int argc, char **argv);
+/* The process that ends what a killed pool leaves: the same binary called as forkfs-pool-guard. */
+int ffs_pool_guard_main(int argc, char **argv);
 /* The process that has the connection to a guest's agent: the same binary called as forkfs-agent-link. */
 int ffs_agent_link_main(int argc, char **argv);
 /* The mount(8) helper: the same binary called as mount.fuse.forkfs. Exit codes are mount(8)'s. */

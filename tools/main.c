@@ -53,6 +53,12 @@ const struct ffs_command ffs_commands[] = {
 		"(SANDBOX | --socket PATH) [-i] [-t] [--env NAME=VALUE]… [--cwd DIR] [--main [--log FILE] [--detach | --exit-file FILE]] [--ready-timeout SECONDS] -- COMMAND ARGS…",
 		"run a command in a guest that has the agent; its exit code is ours", ffs_cmd_exec},
 	{"health", "(SANDBOX | --socket PATH) [--wait SECONDS] [--json]", "ask whether the agent in a guest answers", ffs_cmd_health},
+	{"pool",
+		"serve NAME/BRANCH[/FORK] --socket PATH --min N --max N [--ttl SECONDS] [--end-all] [options of restore] [-- VMM ARGS…] | "
+		"acquire --socket PATH [--mailbox NAME[:TOKEN]=JSON|@FILE]… [--ack MS | --no-ack] [--timeout SECONDS] "
+		"[--main [--env NAME=VALUE]… -- COMMAND ARGS…] | release --socket PATH ID… | status --socket PATH | "
+		"drain --socket PATH [--end-all]",
+		"keep children of a branch ready, and hand them out", ffs_cmd_pool},
 	{"verify", "PATH…",
 		"read all of a branch, or of a store, and name the first byte that is not as written",
 		ffs_cmd_verify},
@@ -276,6 +282,8 @@ int main(int argc, char **argv)
 
 	if (!strcmp(base, "mount.fuse.forkfs") || !strcmp(base, "mount.forkfs"))
 		return ffs_mount_helper(argc, argv);
+	if (!strcmp(base, "forkfs-pool-guard"))
+		return ffs_pool_guard_main(argc, argv);
 	if (!strcmp(base, "forkfs-agent-link"))
 		return ffs_agent_link_main(argc, argv);
 

@@ -53,13 +53,13 @@ _forkfs_forks() {
 }
 
 _forkfs() {
-	local commands='mount umount attach detach ls status branch fork wait rm restore exec health doctor version help'
+	local commands='mount umount attach detach ls status branch fork wait rm restore exec health pool doctor version help'
 	local current=$2 previous=$3 command='' words=0 i options=''
 
 	COMPREPLY=()
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
-		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o | -n | --attach | --vmm | --jailer | --conf | --dir)
+		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o | -n | --attach | --vmm | --jailer | --conf | --dir | --socket | --min | --max | --ttl | --mailbox | --timeout | --ack)
 			[[ ${COMP_WORDS[i + 1]} == = ]] && ((i++))
 			((i++))
 			;;
@@ -93,11 +93,11 @@ _forkfs() {
 		compopt -o nospace
 		return
 		;;
-	--vmm | --jailer | --conf | --dir)
+	--vmm | --jailer | --conf | --dir | --socket)
 		mapfile -t COMPREPLY < <(compgen -f -- "$current")
 		return
 		;;
-	--disk | --owner | --key | --attach | -n) return ;;
+	--disk | --owner | --key | --attach | -n | --min | --max | --ttl | --mailbox | --timeout | --ack) return ;;
 	esac
 
 	if [[ $current == -* ]]; then
@@ -114,6 +114,7 @@ _forkfs() {
 		convert) options='--to --mount --help' ;;
 		inspect) options='--chunks --mount --help' ;;
 		restore) options='-n --attach --track --paused --healthy --ready-timeout --accept-torn --trust --as-served --show --vmm --jailer --conf --dir --backend --no-prefetch --drive --net --ack --no-ack --ack-address --mount --help' ;;
+		pool) options='--socket --min --max --ttl --end-all --mailbox --ack --no-ack --timeout --main --env --vmm --conf --dir --backend --drive --net --ack-address --healthy --ready-timeout --accept-torn --trust --as-served --mount --help' ;;
 		exec) options='--stdin --tty --env --cwd --main --log --detach --exit-file --socket --ready-timeout --mount --help' ;;
 		health) options='--socket --wait --json --mount --help' ;;
 		pager) options='--children --owner --all --no-prefetch --limit --working-set --with-parent --mount --help' ;;
@@ -147,6 +148,13 @@ _forkfs() {
 		;;
 	restore)
 		((words == 0)) && _forkfs_forks "$current"
+		;;
+	pool)
+		if ((words == 0)); then
+			mapfile -t COMPREPLY < <(compgen -W 'serve acquire release status drain' -- "$current")
+		elif [[ " ${COMP_WORDS[*]} " == *' serve '* ]]; then
+			_forkfs_forks "$current"
+		fi
 		;;
 	fork) ((words == 0)) && _forkfs_branches "$current" ;;
 	wait | rm | verify) _forkfs_branches "$current" ;;
