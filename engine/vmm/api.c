@@ -24,7 +24,6 @@
 #include "vmm/dial.h"
 
 #define JSON_DEPTH 32
-#define MAX_DRIVES 64 /* listed; a VM with more has them, and its children are refused */
 
 /* ---- requests ---------------------------------------------------------------------------------- */
 
@@ -384,7 +383,7 @@ int ffs_api_ensure(struct ffs_api *d, uint64_t deadline_ns, struct ffs_error *er
 	return r;
 }
 
-static void copy_string(struct json_object *o, const char *key, char *out, size_t size)
+void ffs_api_copy_string(struct json_object *o, const char *key, char *out, size_t size)
 {
 	struct json_object *v;
 
@@ -402,30 +401,6 @@ static bool has_device(struct json_object *config, const char *key)
 	return json_object_object_get_ex(config, key, &v) && json_object_is_type(v, json_type_object);
 }
 
-/* The drives that are files: which of them a child needs for itself. They are named as the VMM knows them. */
-static struct json_object *list_drives(struct json_object *config, unsigned *writable)
-{
-	struct json_object *drives, *list = json_object_new_array();
-
-	if (!json_object_object_get_ex(config, "drives", &drives) || !json_object_is_type(drives, json_type_array))
-		return list;
-	for (size_t i = 0; i < json_object_array_length(drives) && i < MAX_DRIVES; i++) {
-		struct json_object *v, *drive = json_object_array_get_idx(drives, i), *o = json_object_new_object();
-		char id[65] = "", path[1024] = "";
-		bool read_only;
-
-		copy_string(drive, "drive_id", id, sizeof(id));
-		copy_string(drive, "path_on_host", path, sizeof(path));
-		read_only = json_object_object_get_ex(drive, "is_read_only", &v) && json_object_get_boolean(v);
-		*writable += !read_only;
-		json_object_object_add(o, "id", json_object_new_string(id));
-		json_object_object_add(o, "path", json_object_new_string(path));
-		json_object_object_add(o, "read_only", json_object_new_boolean(read_only));
-		json_object_array_add(list, o);
-	}
-	return list;
-}
-
 /* Who answers, and what the VM is made of. A VMM that has only the requests that are needed is served too. */
 static int learn(struct ffs_api *d, uint64_t deadline_ns, struct ffs_error *err)
 {
@@ -436,8 +411,8 @@ static int learn(struct ffs_api *d, uint64_t deadline_ns, struct ffs_error *err)
 		r = ffs_error_set(
 			err, ENOTSUP, "what is behind %.200s has no GET /: it is no such VMM", d->path);
 	if (!r) {
-		copy_string(info, "app_name", d->app, sizeof(d->app));
-		copy_string(info, "vmm_version", d->version, sizeof(d->version));
+		ffs_api_copy_string(info, "app_name", d->app, sizeof(d->app));
+		ffs_api_copy_string(info, "vmm_version", d->version, sizeof(d->version));
 		json_object_put(info);
 		r = ffs_api_query_state(d, deadline_ns, err);
 	}
@@ -449,7 +424,7 @@ static int learn(struct ffs_api *d, uint64_t deadline_ns, struct ffs_error *err)
 	if (!r && config) {
 		d->vsock = has_device(config, "vsock");
 		d->balloon = has_device(config, "balloon");
-		d->drives = list_drives(config, &d->writable_drives);
+		d->drives = ffs_api_list_drives(config, &d->writable_drives);
 		json_object_put(config);
 	}
 	return r;

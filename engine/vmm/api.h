@@ -1,6 +1,6 @@
 /* What drivers of VMMs that are controlled over HTTP on a unix socket have in common.
  *   api.c         the connection, run state, pause and resume      api-place.c   the directory of its socket
- *   api-save.c    the vmstate by way of a file
+ *   api-save.c    the vmstate by way of a file                     api-drives.c  its drives
  *   api-rescue.c  what the watchdog does                           http.c        HTTP
  *   coop*.c       VMMs that hand over a userfaultfd                firecracker*.c  the stock Firecracker
  *
@@ -46,7 +46,8 @@ struct ffs_api {
 	bool vsock, balloon;         /* devices the VM has */
 	unsigned writable_drives;
 	struct json_object *machine; /* its machine-config, or NULL */
-	struct json_object *drives;  /* an array, as of attach, or NULL */
+	struct json_object *drives;  /* an array, as of attach or of the last branch, or NULL */
+	bool has_disks;              /* some of them were named at attach, to be captured with the branches */
 	/* coop */
 	int uffd; /* handed over with the geometry, and not yet taken; -1 */
 	/* firecracker */
@@ -85,6 +86,16 @@ int ffs_api_socket(struct ffs_vmm *vmm);
 void ffs_api_describe(struct ffs_api *d, struct json_object *obj);
 void ffs_api_init(struct ffs_api *d, const struct ffs_vmm_ops *ops);
 void ffs_api_close(struct ffs_vmm *vmm);
+
+/* A member that is a string, made printable; `out` stays as it is where there is none. */
+void ffs_api_copy_string(struct json_object *o, const char *key, char *out, size_t size);
+
+/* ---- api-drives.c ---- */
+/* The drives that are files, of a VM's configuration, as the VMM knows them: an array of {id, path, read_only}, the caller's. */
+struct json_object *ffs_api_list_drives(struct json_object *config, unsigned *writable);
+/* Look at the drives again: others may have changed them since. Where disks were named that is refused (-ENOTSUP), for their
+ * files may no longer be what the guest writes; else the list is what they are now. */
+int ffs_api_look_at_drives(struct ffs_api *d, struct ffs_error *err);
 
 /* ---- api-place.c ---- */
 /* From the peer of a connected socket; pid is the VMM's. */

@@ -41,6 +41,7 @@ static int fc_connect(const struct ffs_attach_options *opt, struct ffs_cancel *c
 			opt->firecracker_socket, d->app);
 	/* its server carries out the requests of one connection one after the other */
 	d->pipelines = true;
+	d->has_disks = opt->n_disks > 0;
 	if (r)
 		ffs_api_close(&d->vmm);
 	else
@@ -66,6 +67,8 @@ static int fc_prepare(struct ffs_vmm *vmm, int vmstate_fd, bool *was_running, st
 	fc_finish(vmm); /* of a branch that never got to its own */
 	int r = ffs_api_prepare(d, vmstate_fd, was_running, err);
 
+	if (!r)
+		r = ffs_api_look_at_drives(d, err);
 	if (!r && *was_running)
 		r = ffs_api_place_fifo(&d->place, FFS_API_STATE_FILE, &d->fifo, err);
 	if (r)

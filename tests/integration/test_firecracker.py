@@ -8,7 +8,7 @@ import signal
 from forkfs_test import rig
 from forkfs_test.api import (PAUSED, SAVED, ApiRig, check_death, check_paused_by_others, check_paused_meanwhile,
                              check_resumed_by_others)
-from forkfs_test.firecracker import Firecracker
+from forkfs_test.firecracker import Firecracker, drive
 
 TIMEOUT = {"test_identity": 180}
 LONG_TIMEOUT = {"test_identity": 900}
@@ -177,6 +177,45 @@ def test_devices_refused(case):
         assert said.code == 1 and "memory-hotplug" in said.err, said.err
         plugged.check_runs()
     r.guest.visit_all(1)
+
+
+def test_drives_changed(case):
+    """Drives that others change after attach: a branch names those that there are now, and is refused where disks were named."""
+    files = [case.dir / f"disk{i}" for i in range(3)]
+    for path in files:
+        path.write_bytes(bytes(1 << 20))
+    guest = Firecracker(case, "sbx1", mib=64, work=16, devices={"drives": [drive(files[0], "root"), drive(files[1], "data", True)]}).booted()
+    mount = case.mount()
+
+    def patch(name, path):
+        guest.api.call("PATCH", f"/drives/{name}", {"drive_id": name, "path_on_host": str(path)})
+
+    def branch(name):
+        path = mount / "sbx1/branches" / name
+        path.mkdir()
+        assert rig.wait_settled(path) == "ready", (path / "status").read_text()
+        return {d["id"]: d["path"] for d in json.loads((path / "manifest.json").read_text())["vmm"]["drives"]}
+
+    mount.attach(guest)
+    assert branch("b1") == {"root": str(files[0]), "data": str(files[1])}
+    patch("root", files[2])
+    assert branch("b2") == {"root": str(files[2]), "data": str(files[1])}
+    assert "its drives were changed: root was" in mount.log(), mount.log()
+    mount.run("detach", "sbx1")
+    mount.attach(guest, None, "--disk", f"root={files[2]}")
+    branch("b3")
+    patch("data", files[0])
+    done = mount.run("branch", "sbx1", "b4", check=False)
+    assert done.code == 1 and f"data was {files[1]}, and is {files[0]}" in done.err and "attach it again" in done.err, done.err
+    assert not (mount / "sbx1/branches/b4").exists() or rig.state(mount / "sbx1/branches/b4") == "failed"
+    guest.check_runs()
+    assert guest.left_over() == []
+    patch("data", files[1])
+    branch("b5")
+    mount.run("detach", "sbx1")
+    mount.attach(guest, None, "--disk", f"root={files[2]}")
+    branch("b6")
+    guest.visit_all(1)
 
 
 def test_vcpus(case):
