@@ -123,7 +123,7 @@ int ffs_sandbox_read_heads(struct ffs_sandbox *sb, uint64_t *head, size_t pages,
 /* Last known run state (VMM events and the pidfd keep it fresh); never waits for the VMM. */
 enum ffs_run_state ffs_sandbox_state(struct ffs_sandbox *sb);
 /* A new JSON object for `status`, owned by the caller (json_object_put). Never waits for the VMM. Keys: name,
- * vmm, vmm_version, pid, state, memory_bytes, regions[{name,gpa,offset,size,page_size,kind}], tracking,
+ * vmm, vmm_version, resets_vsock, pid, state, memory_bytes, regions[{name,gpa,offset,size,page_size,kind}], tracking,
  * in_flight, queue[{name,place}] (who waits for a permit), disks, branches_taken, last_branch{pause_ns,…} or
  * null. */
 int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out);

@@ -142,6 +142,7 @@ int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out)
 	add_renamed(o, "vmm_version", sb->vmm_desc, "version");
 	add_renamed(o, "accelerator", sb->vmm_desc, "accelerator");
 	add_renamed(o, "vmstate_kind", sb->vmm_desc, "vmstate_kind");
+	add_renamed(o, "resets_vsock", sb->vmm_desc, "resets_vsock");
 	json_object_object_add(o, "attached", json_object_new_boolean(!sb->detached));
 	add_u64(o, "memory_bytes", sb->geo.memory_size);
 	json_object_object_add(o, "regions", ffs_report_regions(&sb->geo));

@@ -508,6 +508,8 @@ static void qemu_describe(struct ffs_vmm *vmm, struct json_object *obj)
 	json_object_object_add(obj, "accelerator", json_object_new_string(d->accelerator));
 	json_object_object_add(obj, "vmstate_kind",
 		json_object_new_string(atomic_load(&d->way) == FFS_QEMU_MIGRATE ? "migration" : "xen-save"));
+	/* only who loads such a state tells its guest that connections are over */
+	json_object_object_add(obj, "resets_vsock", json_object_new_boolean(false));
 }
 
 const struct ffs_vmm_ops ffs_qemu_ops = {

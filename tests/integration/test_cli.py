@@ -216,6 +216,7 @@ def test_life_of_a_branch(case):
     assert "running" in mount.run("ls").out
     status = json.loads(mount.run("status", "sbx1", "--json").out)
     assert status["pid"] == guest.pid and status["vmm"] == "qemu" and status["vmm_version"], status
+    assert status["resets_vsock"] is False, status
     again = mount.run("attach", "sbx1", "--qemu", guest.qmp_path, check=False)
     assert again.code == 1 and "sbx1" in again.err, again.err
     assert guest.stops() == 0
