@@ -2,7 +2,7 @@
  * rsi = boot_params and the first GiB mapped.
  *
  * The command line begins with two decimal numbers, in MiB: where the slice is, and its size; then comes "mailbox" when
- * there is one, of the name config and the token s3cret. It makes page tables of its own for 16 GiB, and goes to ring 3 with IOPL 3: a hypervisor without hardware support emulates ring 0 instruction
+ * there is one, of the name config and the token s3cret, or "devices" for those that fc-virtio.c drives. It makes page tables of its own for 16 GiB, and goes to ring 3 with IOPL 3: a hypervisor without hardware support emulates ring 0 instruction
  * by instruction. */
 #include "machine.h"
 
@@ -25,7 +25,11 @@ _start:	lea	stack_end(%rip), %rsp
 	mov	%rax, GPA_MAILBOX + MAILBOX_NAME
 	movabs	$0x7465726333, %rax
 	mov	%rax, GPA_MAILBOX + MAILBOX_NAME + 8
-7:	mov	$TABLES, %edi			/* the VM may have been reset: all entries are written */
+7:	cmpb	$'d', (%rsi)
+	jne	8f
+	or	$HAS_DEVICES, %r10d
+	movq	$devices, GPA_HOOK
+8:	mov	$TABLES, %edi			/* the VM may have been reset: all entries are written */
 	xor	%eax, %eax
 	mov	$(2 * 512), %ecx
 	rep stosq
@@ -80,6 +84,21 @@ number:	xor	%eax, %eax
 	lea	(%rcx,%rax,2), %rax
 	jmp	5b
 6:	ret
+
+/* From guest.S, which keeps its registers. */
+devices:
+	push	%rdi
+	push	%r8
+	push	%r9
+	push	%r11
+	sub	$8, %rsp
+	call	virtio_poll
+	add	$8, %rsp
+	pop	%r11
+	pop	%r9
+	pop	%r8
+	pop	%rdi
+	ret
 
 	.balign	8
 gdt:	.quad	0

@@ -6,7 +6,7 @@
  * if not. A page of sweep g holds hash(page) * g in three words. So one of another instant is found in a sweep.
  *
  * On entry: r15 slice, r14 its pages, rbx the power of two not below them, minus 1, rbp key (odd), r9 seed, r11
- * idle loops a step, rdi '0' + vCPU (and HAS_MAILBOX), rsp stack; r8, r13 zero. Then: r8 steps, r12 place, r13 g,
+ * idle loops a step, rdi '0' + vCPU (and HAS_MAILBOX, HAS_DEVICES), rsp stack; r8, r13 zero. Then: r8 steps, r12 place, r13 g,
  * in xmm0 too, xmm1 the epoch that the mailbox had last.
  *
  * With a mailbox it looks at seq before every step, and says what it finds there: "mail EPOCH PAYLOAD", with
@@ -67,7 +67,10 @@ guest_begin:
 sweep:	inc	%r13
 	movq	%r13, %xmm0
 	xor	%r12d, %r12d
-step:	test	$HAS_MAILBOX, %edi
+step:	test	$HAS_DEVICES, %edi
+	jz	7f
+	call	*GPA_HOOK
+7:	test	$HAS_MAILBOX, %edi
 	jz	1f
 	cmpl	$0, GPA_MAILBOX + MAILBOX_SEQ
 	je	1f

@@ -13,12 +13,14 @@
 #define GPA_PROGRAM 0x20000
 #define GPA_STACKS 0x30000 /* a page for each vCPU */
 #define GPA_MAILBOX 0x50000 /* touched only when there is one */
+#define GPA_HOOK 0x51000    /* the address of what is called before each step, with HAS_DEVICES */
 #define GPA_SLICES 0x100000
 #define MAX_MEMORY (16ull << 30)
 #define MAX_VCPUS 16
 #define SERIAL_PORT 0x3f8
 #define REPORT_STEPS 0x10000 /* a line "ok VCPU STEPS" each that many steps */
 #define HAS_MAILBOX 0x100    /* in rdi */
+#define HAS_DEVICES 0x200    /* in rdi: Firecracker only */
 #define MAILBOX_NAME 24      /* within the page, all of these */
 #define MAILBOX_CRC 224
 #define MAILBOX_FLAGS 228

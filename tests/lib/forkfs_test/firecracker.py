@@ -44,10 +44,11 @@ class Firecracker:
     jail        uid of the jail, or None
     machine     more keys of machine-config
     mailbox     the guest publishes one, config:s3cret
+    drivers     it uses its drive and its vsock (tests/microvm/fc-virtio.c)
     """
 
     def __init__(self, case, name, mib=128, at=16, work=64, load=None, jail=None, machine=None, devices=None, backend="File",
-                 mailbox=False):
+                 mailbox=False, drivers=False):
         self.case, self.name, self.mib = case, name, mib
         self.dir = root = case.dir / f"vm-{name}"
         self.dir.mkdir()
@@ -63,7 +64,7 @@ class Firecracker:
         inside = "" if jail else str(root)
         shutil.copy(case.tool("../microvm/fc-guest"), root / "kernel")
         (root / "log").touch()
-        config = {"boot-source": {"kernel_image_path": f"{inside}/kernel", "boot_args": f"{at} {work} {'mailbox' if mailbox else '.'}"},
+        config = {"boot-source": {"kernel_image_path": f"{inside}/kernel", "boot_args": f"{at} {work} {'mailbox' if mailbox else 'devices' if drivers else '.'}"},
                   "machine-config": {"vcpu_count": 1, "mem_size_mib": mib, **(machine or {})}, "drives": [], **(devices or {})}
         (root / "config").write_text(json.dumps(config))
         if jail:
