@@ -270,8 +270,12 @@ static bool to_log(struct link *k, struct client *c, const struct agent_frame *f
 	uint8_t le[4];
 	struct agent_writer w = {le, 0, 4, false};
 
-	if (f->type == AGENT_EXIT || f->type == AGENT_REFUSED)
+	if (f->type == AGENT_EXIT || f->type == AGENT_REFUSED) {
 		end_log(k, c);
+		/* a guest that is to be switched off waits for that */
+		if (!c)
+			to_agent(k, AGENT_HANGUP, f->stream & 0xffff0000, NULL, 0);
+	}
 	if (f->type != AGENT_STDOUT && f->type != AGENT_STDERR)
 		return !c;
 	ffs_json_log_put(k->log, f->type == AGENT_STDERR, f->payload, f->len, ffs_wall_ns());

@@ -198,6 +198,23 @@ def test_main_once(case):
     assert agent.run(case, path, "true", options=["--main"], check=False).code == 125
 
 
+def test_halt(case):
+    """The main command ends, and the guest is switched off: whoever waits for its code gets it, also when the host was too busy to take
+    it before, and all that was said until then lay in between."""
+    guest = boot(case, append="forkfs.halt")
+    main = case.start(*agent.exec_command(case, guest, "sh", "-c", "until [ -e /tmp/go ]; do sleep 0.05; done; exit 7", options=["--main"]))
+    for _ in range(12):  # more than fits between guest and host
+        flood = case.start(*agent.exec_command(case, guest, "sh", "-c", "echo; until [ -e /tmp/flood ]; do sleep 0.05; done; exec yes"), stdout=subprocess.PIPE)
+        assert flood.stdout.readline() == b"\n"
+    agent.shell(case, guest, "setsid sh -c 'sleep 0.5; touch /tmp/flood; sleep 1; touch /tmp/go' >/dev/null 2>&1 </dev/null &")
+    (link,) = [pid for pid in processes.marked(case.id) if processes.describe(pid).startswith(f"{pid} (forkfs-agent-link")]
+    os.kill(link, signal.SIGSTOP)
+    guest.console.wait("main ended: 7", timeout=60)
+    os.kill(link, signal.SIGCONT)
+    assert main.wait(timeout=60) == 7
+    assert guest.process.wait(timeout=60) == 0
+
+
 def test_agent_ends(case):
     """The agent, or its VM, is gone: a command that runs is told so, and the next one cannot begin."""
     path, process = agent.service(case)

@@ -119,6 +119,13 @@ int mailboxes_due_ms(void);
 /* False: that is no process of theirs. */
 bool mailboxes_ended(pid_t pid, int status);
 
+/* ---- halt.c ---- */
+
+/* Power off when the host has what it was told of that stream on that connection (NULL: it was told nothing). */
+void halt_when_heard(const struct conn *c, uint32_t stream);
+/* It wants nothing more of a group of streams, or of any. */
+void halt_heard(const struct conn *c, bool any, uint32_t which);
+
 /* ---- reaper.c ---- */
 
 void reaper_start(void);

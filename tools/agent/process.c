@@ -134,11 +134,13 @@ static void say_exit(struct process *p)
 	uint8_t end[2] = {WIFSIGNALED(p->status) ? AGENT_SIGNALLED : AGENT_EXITED,
 		(uint8_t)(WIFSIGNALED(p->status) ? WTERMSIG(p->status) : WEXITSTATUS(p->status))};
 	bool halt = p->is_main && options.halt && options.is_init;
+	const struct conn *c = p->c;
+	uint32_t stream = p->stream;
 
 	tell(p, AGENT_EXIT, end, 2);
 	forget(p);
 	if (halt)
-		power_off();
+		halt_when_heard(c, stream);
 }
 
 /* Somebody takes its output, and has room. */
@@ -483,6 +485,7 @@ void process_hangup(const struct conn *c, bool any, uint32_t group)
 		}
 		is_over(p);
 	}
+	halt_heard(c, any, group);
 }
 
 void process_resume(const struct conn *c)
