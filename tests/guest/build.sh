@@ -1,7 +1,8 @@
 #!/bin/bash
 # Make the test guest: a stock Debian kernel and an initramfs of our own programs. Nothing is installed.
 #
-# Usage: build.sh      prints the directory that then holds vmlinuz and initrd
+# Usage: build.sh           prints the directory that then holds vmlinuz and initrd
+#        build.sh vmgenid   prints the path of another kernel, one with the driver of QEMU's vmgenid
 #
 # Everything is under ${XDG_CACHE_HOME:-~/.cache}/forkfs-test and made once; the initrd again when its sources change.
 set -euo pipefail
@@ -12,10 +13,42 @@ mkdir -p "$cache"
 exec 9>"$cache/lock"
 flock 9
 
-# The name of the package that linux-image-cloud-amd64 stands for; empty when apt does not know.
+# The name of the package that such a one stands for; empty when apt does not know.
 concrete_package() {
-	apt-cache depends linux-image-cloud-amd64 2>/dev/null |
+	apt-cache depends "$1" 2>/dev/null |
 		sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -n 1
+}
+
+# The same; apt's lists may have to be fetched first.
+package_of() {
+	local package
+	package=$(concrete_package "$1")
+	if [ -z "$package" ] && [ "$(id -u)" -eq 0 ]; then
+		apt-get -qq update >&2
+		package=$(concrete_package "$1")
+	fi
+	if [ -z "$package" ]; then
+		echo "build.sh: apt knows no $1: run 'apt-get update' on a Debian 12 with its main archive" >&2
+		return 1
+	fi
+	echo "$package"
+}
+
+# The cloud kernel has no vmgenid, the ordinary one has: of that package (70 MB) only the kernel itself is kept.
+ordinary_kernel() {
+	local kernel=$cache/vmlinuz-vmgenid package work
+	if [ ! -f "$kernel" ]; then
+		package=$(package_of linux-image-amd64) || return 1
+		work=$(mktemp -d "$cache/download.XXXXXX")
+		if ! (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$package" >&2 &&
+			dpkg-deb --fsys-tarfile "$package"_*.deb | tar -x ./boot && mv boot/vmlinuz-* "$kernel"); then
+			rm -rf "$work"
+			echo "build.sh: cannot download the package $package with apt-get" >&2
+			return 1
+		fi
+		rm -rf "$work"
+	fi
+	echo "$kernel"
 }
 
 # The kernel that linux-image-cloud-amd64 depends on, unpacked; a kernel that is there already stays.
@@ -27,15 +60,7 @@ kernel_tree() {
 			return
 		fi
 	done
-	package=$(concrete_package)
-	if [ -z "$package" ] && [ "$(id -u)" -eq 0 ]; then
-		apt-get -qq update >&2
-		package=$(concrete_package)
-	fi
-	if [ -z "$package" ]; then
-		echo "build.sh: apt knows no linux-image-cloud-amd64: run 'apt-get update' on a Debian 12 with its main archive" >&2
-		return 1
-	fi
+	package=$(package_of linux-image-cloud-amd64) || return 1
 	work=$(mktemp -d "$cache/download.XXXXXX")
 	if ! (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$package" >&2 && dpkg -x "$package"_*.deb tree); then
 		rm -rf "$work"
@@ -63,6 +88,10 @@ busybox_tree() {
 	echo "$tree"
 }
 
+if [ "${1-}" = vmgenid ]; then
+	ordinary_kernel
+	exit
+fi
 tree=$(kernel_tree)
 busybox=$(busybox_tree)
 kernel=$(ls "$tree"/boot/vmlinuz-*)

@@ -1,18 +1,20 @@
-/* `mailbox,NAME,TOKEN[,ms=5][,stale=0][,ack=1]`: publishes a mailbox and says what the host puts into it:
+/* `mailbox,NAME,TOKEN[,ms=5][,stale=0][,ack=1][,vmgenid=0]`: publishes a mailbox and says what the host puts into it:
  *
  *     mailbox NAME ready
  *     mailbox NAME took LENGTH epoch HEX flags N: PAYLOAD
  *
  *     mailbox NAME acknowledged: TEXT       (where the host wants it)
  *
- * ack: 0 never, 2 with a wrong epoch. ms: between two looks. stale: so many old copies of the frame lie in memory beside it, as page cache and
+ *     mailbox NAME restored                   (the kernel says so: vmgenid)
+ *
+ * ack: 0 never, 2 with a wrong epoch. ms: between two looks. vmgenid: and whenever the kernel says that the VM was restored. stale: so many old copies of the frame lie in memory beside it, as page cache and
  * freed pages hold them. One thread. */
 #include "guest.h"
 
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "mailbox.h"
 
@@ -33,7 +35,7 @@ int mailbox_main(int argc, char **argv)
 {
 	static char payload[GUEST_MAILBOX_PAYLOAD + 1], hex[33];
 	uint64_t ms = guest_arg(argc, argv, "ms", 5), stale = guest_arg(argc, argv, "stale", 0), ack = guest_arg(argc, argv, "ack", 1);
-	struct timespec step = {(time_t)(ms / 1000), (long)(ms % 1000) * 1000000};
+	struct pollfd log = {.fd = guest_arg(argc, argv, "vmgenid", 0) ? guest_mailbox_watch() : -1, .events = POLLIN};
 	struct guest_mailbox m;
 	uint8_t epoch[16];
 	uint32_t flags;
@@ -60,6 +62,7 @@ int mailbox_main(int argc, char **argv)
 			if (flags & GUEST_MAILBOX_WANTS_ACK && ack)
 				acknowledge(&m, epoch, ack);
 		}
-		nanosleep(&step, NULL);
+		if (poll(&log, 1, (int)ms) > 0 && guest_mailbox_restored(log.fd))
+			guest_say("mailbox %s restored", argv[1]);
 	}
 }

@@ -9,7 +9,7 @@
  *             if (flags & GUEST_MAILBOX_WANTS_ACK)
  *                 guest_mailbox_ack(&m, epoch);
  *         }
- *         sleep a little;
+ *         sleep a little, or until guest_mailbox_watch() can be read;
  *     }
  *
  * One thread a mailbox. Functions return -1 and errno, or what they say. Nothing but the published page ever
@@ -18,10 +18,13 @@
 #pragma once
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define GUEST_MAILBOX_PAGE 4096u
 #define GUEST_MAILBOX_PAYLOAD 3832u
@@ -160,4 +163,35 @@ static inline size_t guest_mailbox_ack_text(const struct guest_mailbox *m, const
 	out[len++] = '\n';
 	out[len] = '\0';
 	return len;
+}
+
+/* Where the VM has a generation id (QEMU's vmgenid) the kernel's driver notices a restore at once, makes its random numbers
+ * anew, and says so in its log: a descriptor that can be read then, from the end of the log on. -1 and errno: no log. Without
+ * the device it stays silent, and the page is all that tells. */
+static inline int guest_mailbox_watch(void)
+{
+	int fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+
+	if (fd >= 0 && lseek(fd, 0, SEEK_END) < 0) {
+		close(fd);
+		fd = -1;
+	}
+	return fd;
+}
+
+/* Take what the log says: 1 when the VM was restored since the last call, or lines of it were lost and it may have been. Lines
+ * are "PRIORITY,NUMBER,TIME,FLAGS;TEXT"; only the kernel's own have a priority below 8, no program can write those. */
+static inline int guest_mailbox_restored(int fd)
+{
+	static const char told[] = "crng reseeded due to virtual machine fork";
+	char line[1024];
+	int restored = 0;
+	ssize_t n;
+
+	while ((n = read(fd, line, sizeof(line) - 1)) > 0 || (n < 0 && errno == EPIPE)) {
+		line[n > 0 ? n : 0] = '\0';
+		if (n < 0 || (strtoul(line, NULL, 10) < 8 && strstr(line, told)))
+			restored = 1;
+	}
+	return restored;
 }

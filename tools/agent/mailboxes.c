@@ -1,7 +1,8 @@
 /* The mailboxes of this guest: published when it starts, looked at for payloads, and those handed to a command, which has
  * them on stdin and in its environment (docs/agent.md). What ends with 0 is acknowledged.
  *
- * A page tells nobody that it was written: a look is a load, done whenever the loop goes round, and every LOOK_MS. A
+ * A page tells nobody that it was written: a look is a load, done whenever the loop goes round, and every LOOK_MS; where the
+ * VM has a generation id the kernel's log says that it was restored, and the loop goes round at once. A
  * mailbox is not looked at while its command runs; what comes meanwhile waits in the page. One thread. */
 #include "agent.h"
 #include "spawn.h"
@@ -11,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -64,6 +66,15 @@ static void publish(char *word)
 	count++;
 }
 
+/* Having woken up is all there is to do: the loop looks after each event. */
+static void log_ready(struct watch *w, uint32_t events)
+{
+	if (guest_mailbox_restored(w->fd))
+		say("forkfs-agent: the VM was restored");
+}
+
+static struct watch log_watch = {.fd = -1, .ready = log_ready};
+
 void mailboxes_start(void)
 {
 	if (options.n_mailboxes && !options.on_mailbox) {
@@ -72,6 +83,10 @@ void mailboxes_start(void)
 	}
 	for (unsigned i = 0; i < options.n_mailboxes; i++)
 		publish(options.mailbox[i]);
+	if (count) {
+		log_watch.fd = guest_mailbox_watch();
+		watch_arm(&log_watch, EPOLLIN);
+	}
 }
 
 int mailboxes_due_ms(void)

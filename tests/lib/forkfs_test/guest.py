@@ -25,6 +25,11 @@ def kit():
     return os.environ["FORKFS_GUEST_KIT"]
 
 
+def vmgenid_kernel():
+    """A kernel with the driver of vmgenid, which the kit's own has not."""
+    return subprocess.run([str(GUEST_DIR / "build.sh"), "vmgenid"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
 def archive(files):
     """An initramfs (cpio, newc) of [(name, mode, bytes)]."""
     out = b""
@@ -72,6 +77,7 @@ class Guest:
     overlay   the disk's writes go to a temporary file: the image is opened for reading only
     rights    None (the test's own), "nobody" (started by a user without any) or "dropped" (by root, who becomes one: not dumpable)
     balloon   the guest gives memory back when it is asked to; on a q35
+    vmgenid   the VM has a generation id, and a kernel that knows it; on a q35
     agent     its process 1 is the agent of the build under test, on a q35; `run` is then the main command, as words.
               "port": there is the port for an agent, and nobody in the guest who listens there
     Two QMP sockets: `qmp_path` is left to forkfs; `qmp` is the test's own, which also counts events.
@@ -79,10 +85,10 @@ class Guest:
 
     def __init__(self, case, name, run=("counter",), machine=None, mib=256, backend="memfd", smp=2, disk=None,
                  memory=None, stream=None, image=None, image_format="raw", overlay=False,
-                 rights=None, balloon=False, agent=False, append=""):
+                 rights=None, balloon=False, agent=False, append="", vmgenid=False):
         self.case, self.name, self.mib, self.smp = case, name, mib, smp
-        self.machine = machine or ("q35" if disk or balloon or agent else "microvm")
-        self.agent, self.append = agent, append
+        self.machine = machine or ("q35" if disk or balloon or agent or vmgenid else "microvm")
+        self.agent, self.append, self.vmgenid = agent, append, vmgenid
         self.rights, self.balloon = rights, balloon
         self.run, self.disk_kind, self.image_format, self.overlay = list(run), disk, image_format, overlay
         self.dir = case.dir / f"vm-{name}"
@@ -142,6 +148,9 @@ class Guest:
         if self.agent:
             command += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,path={self.dir}/agent,server=on,wait=off",
                         "-device", "virtserialport,chardev=agent,name=forkfs.agent"]
+        if self.vmgenid:
+            command[command.index("-kernel") + 1] = vmgenid_kernel()
+            command += ["-device", "vmgenid,guid=auto"]
         if self.rights == "dropped":
             command += ["-runas", "nobody"]
         if self.balloon:
