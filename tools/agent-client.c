@@ -29,11 +29,11 @@
 
 int ffs_agent_lock(const char *socket, struct ffs_error *err)
 {
-	const char *slash = strrchr(socket, '/');
+	const char *path = ffs_agent_path(socket), *slash = strrchr(path, '/');
 	char dir[120];
 	int fd;
 
-	snprintf(dir, sizeof(dir), "%.*s", slash ? (int)(slash - socket) : 1, slash ? socket : ".");
+	snprintf(dir, sizeof(dir), "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
 	fd = open(*dir ? dir : "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (fd < 0)
 		return ffs_error_errno(err, errno, "%s, where the agent's socket is", dir);
@@ -50,8 +50,8 @@ int ffs_agent_lock(const char *socket, struct ffs_error *err)
 static int name_of(const struct ffs_agent_link *l, struct sockaddr_un *a, struct ffs_error *err)
 {
 	*a = (struct sockaddr_un){.sun_family = AF_UNIX};
-	if ((size_t)snprintf(a->sun_path, sizeof(a->sun_path), "%s.link", l->socket) >= sizeof(a->sun_path))
-		return ffs_error_set(err, ENAMETOOLONG, "%.100s: a name that long leaves no room for the link's own", l->socket);
+	if ((size_t)snprintf(a->sun_path, sizeof(a->sun_path), "%s.link", ffs_agent_path(l->socket)) >= sizeof(a->sun_path))
+		return ffs_error_set(err, ENAMETOOLONG, "%.100s: a name that long leaves no room for the link's own", ffs_agent_path(l->socket));
 	return 0;
 }
 
@@ -328,6 +328,8 @@ int ffs_agent_find(pid_t pid, char **out, struct ffs_error *err)
 		return ffs_error_set(err, ENOMEM, "no memory for a command line");
 	for (size_t at = 0; at < len && n < count; at += strlen(text + at) + 1)
 		word[n++] = text + at;
+	if (ffs_agent_api_of(word, n))
+		return ffs_agent_find_firecracker(pid, ffs_agent_api_of(word, n), out, err);
 	return ffs_agent_find_in(word, n, cwd, out, err);
 }
 

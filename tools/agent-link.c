@@ -15,16 +15,13 @@
 #include <string.h>
 #include <sys/random.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include "agent-handshake.h"
 #include "agent/out.h"
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "json-log.h"
-#include "vmm/dial.h"
 
 #define CLIENTS 64u
 #define ATTEMPT_NS 500000000ull /* HELLO is said again after that */
@@ -44,8 +41,8 @@ struct client {
 
 struct link {
 	const struct ffs_agent_link *l;
-	int agent, pidfd, listener;
-	struct ffs_proc_id vm;
+	int listener;
+	struct ffs_agent_vm vm;
 	bool over;
 	struct ffs_handshake hs;
 	struct ffs_health health;
@@ -95,27 +92,6 @@ static void say_hello(struct link *k, uint64_t now)
 	k->hello_due_ns = now + ATTEMPT_NS;
 }
 
-/* The same for the whole life of a VMM process and for no other: so every restored guest sees another one. */
-static int make_epoch(struct link *k)
-{
-	_cleanup_free_ char *boot = NULL;
-	char text[128];
-	size_t len = 0;
-	XXH128_hash_t h;
-	XXH128_canonical_t bytes;
-
-	if (ffs_read_file("/proc/sys/kernel/random/boot_id", 64, &boot, &len) < 0)
-		return -ENOENT;
-	snprintf(text, sizeof(text), "%.40s %d %llu", boot, (int)k->vm.pid, (unsigned long long)k->vm.start);
-	h = XXH3_128bits(text, strlen(text));
-	XXH128_canonicalFromHash(&bytes, h);
-	memcpy(k->hello.epoch, bytes.digest, 16);
-	/* a UUID of version 8: one that means what its maker says */
-	k->hello.epoch[6] = (uint8_t)((k->hello.epoch[6] & 0x0f) | 0x80);
-	k->hello.epoch[8] = (uint8_t)((k->hello.epoch[8] & 0x3f) | 0x80);
-	return 0;
-}
-
 /* ---- what is known of it, as JSON ---- */
 
 static struct json_object *timing(const struct link *k)
@@ -127,7 +103,7 @@ static struct json_object *timing(const struct link *k)
 
 	ffs_uuid_text(k->hello.epoch, uuid);
 	json_object_object_add(o, "epoch", json_object_new_string(uuid));
-	json_object_object_add(o, "pid", json_object_new_int((int)k->vm.pid));
+	json_object_object_add(o, "pid", json_object_new_int((int)k->vm.id.pid));
 	json_object_object_add(o, "guest_was", json_object_new_string(kinds[k->kind < 3 ? k->kind : 0]));
 	json_object_object_add(o, "healthy", json_object_new_boolean(k->health.healthy));
 	json_object_object_add(o, "missed", json_object_new_int((int)k->health.missed)); /* answers, since the last that came */
@@ -410,7 +386,7 @@ static void from_agent(struct link *k, const struct agent_frame *f, uint64_t now
 static bool read_agent(struct link *k)
 {
 	uint8_t in[16384];
-	ssize_t n = recv(k->agent, in, sizeof(in), MSG_DONTWAIT);
+	ssize_t n = recv(k->vm.fd, in, sizeof(in), MSG_DONTWAIT);
 
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return false;
@@ -457,8 +433,8 @@ static void wait_and_serve(struct link *k, uint64_t due)
 	struct pollfd p[3 + CLIENTS];
 	bool serve = agent_out_waits(&k->out) < AGENT_MANY;
 
-	p[0] = (struct pollfd){.fd = k->hs.failed ? -1 : k->agent, .events = POLLIN | (agent_out_waits(&k->out) ? POLLOUT : 0)};
-	p[1] = (struct pollfd){.fd = k->pidfd, .events = POLLIN};
+	p[0] = (struct pollfd){.fd = k->hs.failed ? -1 : k->vm.fd, .events = POLLIN | (agent_out_waits(&k->out) ? POLLOUT : 0)};
+	p[1] = (struct pollfd){.fd = k->vm.pidfd, .events = POLLIN};
 	p[2] = (struct pollfd){.fd = k->listener, .events = POLLIN};
 	for (unsigned i = 0; i < CLIENTS; i++) {
 		struct client *c = &k->client[i];
@@ -486,34 +462,11 @@ static void wait_and_serve(struct link *k, uint64_t due)
 		else if (c->fd >= 0 && p[3 + i].revents & (POLLHUP | POLLERR))
 			drop(k, c);
 	}
-	if (!k->hs.failed && flush(k->agent, &k->out) < 0)
+	if (!k->hs.failed && flush(k->vm.fd, &k->out) < 0)
 		k->over = true;
 }
 
 /* ---- its beginning and end ---- */
-
-/* Who listens there is the VM: its end ends the wait for it. */
-static int connect_agent(struct link *k, struct ffs_error *err)
-{
-	struct ucred peer = {0};
-	socklen_t len = sizeof(peer);
-	int r = ffs_dial_path(k->l->socket, k->hs.began_ns + k->hs.ready_ns, &k->agent);
-
-	if (r == -EAGAIN)
-		return ffs_handshake_check(&k->hs, ffs_now_ns(), err);
-	if (r < 0)
-		return ffs_error_errno(err, -r, "%s, the socket of the guest's agent", k->l->socket);
-	if (getsockopt(k->agent, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.pid <= 0)
-		return ffs_error_set(err, ESRCH, "%s: who listens there can't be seen", k->l->socket);
-	if (k->l->pid && peer.pid != k->l->pid)
-		return ffs_error_set(err, EPERM, "%s belongs to process %d and not to the VM, which is %d", k->l->socket,
-			(int)peer.pid, (int)k->l->pid);
-	k->vm.pid = peer.pid;
-	k->pidfd = (int)syscall(SYS_pidfd_open, peer.pid, 0);
-	if (k->pidfd < 0 || ffs_proc_stat(peer.pid, NULL, &k->vm.start) < 0 || make_epoch(k) < 0)
-		return ffs_error_set(err, ESRCH, "the VM has ended");
-	return 0;
-}
 
 /* Whoever comes from now on starts another link. Under the lock under which that is done; and we still listen, so no other
  * can have taken the name. */
@@ -522,7 +475,7 @@ static void remove_name(const struct ffs_agent_link *l)
 	_cleanup_close_ int lock = ffs_agent_lock(l->socket, NULL);
 	char path[120];
 
-	snprintf(path, sizeof(path), "%.107s.link", l->socket);
+	snprintf(path, sizeof(path), "%.107s.link", ffs_agent_path(l->socket));
 	if (lock >= 0)
 		unlink(path);
 }
@@ -568,17 +521,19 @@ int ffs_agent_link_run(const struct ffs_agent_link *l, int listener)
 	static struct link k;
 	struct ffs_error err = {0};
 
-	k = (struct link){.l = l, .agent = -1, .pidfd = -1, .listener = listener};
+	k = (struct link){.l = l, .vm = {.fd = -1, .pidfd = -1}, .listener = listener};
 	for (unsigned i = 0; i < CLIENTS; i++)
 		k.client[i].fd = -1;
 	signal(SIGPIPE, SIG_IGN);
 	ffs_handshake_begin(&k.hs, ffs_now_ns(), l->ready_s * FFS_NS_PER_S);
 	if (getrandom(k.hello.nonce, 16, 0) != 16 || getrandom(k.hello.entropy, 32, 0) != 32)
 		ffs_handshake_fail(&k.hs, EIO, "no random numbers", NULL);
-	else if (connect_agent(&k, &err) < 0)
+	else if (ffs_agent_connect(l, k.hs.began_ns + k.hs.ready_ns, &k.vm, &err) < 0)
 		ffs_handshake_fail(&k.hs, err.code, err.text, NULL);
-	else
+	else {
+		memcpy(k.hello.epoch, k.vm.epoch, 16);
 		edge(&k, FFS_EDGE_CONNECTED, ffs_now_ns());
+	}
 	/* a zero first: what somebody else left half said ends there */
 	if (!k.hs.failed && !agent_out_bytes(&k.out, "", 1))
 		ffs_handshake_fail(&k.hs, ENOMEM, "no memory for what the guest is to be told", NULL);
@@ -587,12 +542,12 @@ int ffs_agent_link_run(const struct ffs_agent_link *l, int listener)
 
 		if (k.hs.failed)
 			break;
-		if (flush(k.agent, &k.out) < 0)
+		if (flush(k.vm.fd, &k.out) < 0)
 			break;
 		wait_and_serve(&k, due);
 	}
 	/* what it has said to its end, and is here already: the end of a command may be among it */
-	for (unsigned i = 0; i < REST_MAX && k.agent >= 0 && !k.hs.failed && read_agent(&k); i++)
+	for (unsigned i = 0; i < REST_MAX && k.vm.fd >= 0 && !k.hs.failed && read_agent(&k); i++)
 		;
 	if (k.log)
 		end_log(&k, client_of(&k, k.log_group));

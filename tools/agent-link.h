@@ -10,13 +10,14 @@
 
 #include "agent/wire.h"
 #include "base/error.h"
+#include "base/util.h"
 
 #define FFS_AGENT_READY_S 60 /* how long a guest may take to answer, when nothing else is said: only a backstop */
 
 /* ---- agent-client.c ---- */
 
 struct ffs_agent_link {
-	const char *socket; /* of the agent: a chardev's socket, or the agent's own */
+	const char *socket; /* of the agent: a chardev's socket, the agent's own, or "vsock:" and that of a Firecracker's vsock */
 	pid_t pid;          /* of the VMM, which must be who listens there; 0: whoever does */
 	unsigned ready_s;
 };
@@ -40,12 +41,31 @@ struct ffs_agent_input {
 };
 int ffs_agent_next(int fd, struct ffs_agent_input *in, struct agent_frame *out);
 int ffs_agent_send(int fd, uint8_t type, uint32_t stream, const void *payload, size_t len);
-/* The socket of the agent of a QEMU, from its command line; the caller frees it. -ENOENT with a sentence. */
+/* The socket of the agent of a QEMU or Firecracker, from its command line; the caller frees it. -ENOENT with a sentence. */
 int ffs_agent_find(pid_t pid, char **out, struct ffs_error *err);
 /* The same of a sandbox of the mount, and its process. */
 int ffs_agent_of(const char *sandbox, const char *mount, pid_t *pid, char **out, struct ffs_error *err);
 /* The same of one that is to be started in the directory cwd, by the words of its command line. */
 int ffs_agent_find_in(char *const *word, unsigned n, const char *cwd, char **out, struct ffs_error *err);
+
+/* ---- agent-firecracker.c ---- */
+
+/* The API socket that such a command line names, NULL: it is no Firecracker's. */
+const char *ffs_agent_api_of(char *const *word, unsigned n);
+int ffs_agent_find_firecracker(pid_t pid, const char *api, char **out, struct ffs_error *err);
+
+/* ---- agent-connect.c ---- */
+
+/* The name of the file in it. */
+const char *ffs_agent_path(const char *socket);
+struct ffs_agent_vm {
+	int fd;    /* non-blocking: the agent, or, of a chardev, where it will come */
+	int pidfd; /* of the VMM, whose end is the end of everything */
+	struct ffs_proc_id id;
+	uint8_t epoch[16];
+};
+/* Both descriptors are the caller's, or -1, also after a failure. */
+int ffs_agent_connect(const struct ffs_agent_link *l, uint64_t deadline_ns, struct ffs_agent_vm *vm, struct ffs_error *err);
 
 /* ---- agent-link.c ---- */
 
