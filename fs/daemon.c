@@ -16,6 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "ack.h"
 #include "attach.h"
 #include "attached.h"
 #include "base/cleanup.h"
@@ -190,6 +191,9 @@ static int setup_fs(struct daemon *d, const struct ffs_mount_options *opt, struc
 		return r;
 	ffs_engine_limit(
 		fs->engine, &(struct ffs_engine_limits){.memory = opt->memory, .captures = opt->captures});
+	r = ffs_acks_new(fs, err);
+	if (r < 0)
+		return r;
 	/* after the helpers were forked: they must not hold the store's lock */
 	r = ffs_durable_open(fs, err);
 	if (r < 0)
@@ -272,7 +276,7 @@ static int start_threads(struct daemon *d, struct ffs_error *err)
 	d->fs.pool = ffs_pool_new(JOBS);
 	d->fs.writers = ffs_pool_new(WRITERS);
 	d->fs.reaper = d->fs.pool && d->fs.writers ? ffs_reaper_new(&ops) : NULL;
-	if (!d->fs.reaper)
+	if (!d->fs.reaper || ffs_acks_start(&d->fs) < 0)
 		return ffs_error_set(err, ENOMEM, "no thread for the daemon");
 	ffs_attach_again(&d->fs);
 	return 0;
@@ -349,6 +353,7 @@ static void end(struct daemon *d)
 	ffs_pool_stop(fs->writers);
 	/* Jobs reply through the session, so it stays. What is still parked was ended by the unmount. */
 	ffs_pool_stop(fs->pool);
+	ffs_acks_stop(fs);
 	ffs_reaper_stop(fs->reaper);
 	ffs_engine_unref(fs->engine);
 	/* who unmounts is done with it; after a signal, or a death, the next daemon goes on */

@@ -20,6 +20,7 @@
 #include "fs.h"
 #include "generation.h"
 #include "list.h"
+#include "mailbox/ack.h"
 #include "mailbox/mailbox.h"
 #include "passthrough.h"
 #include "store/store.h"
@@ -36,6 +37,7 @@ struct ffs_stored;
 struct ffs_keyed;
 struct ffs_attached;
 struct ffs_fork;
+struct ffs_acks;
 
 /* A request that threads claim from each other before they act for it or answer it (park.h). */
 struct ffs_parked;
@@ -158,6 +160,7 @@ enum ffs_retry { FFS_RETRY_NONE, FFS_RETRY_WRITER, FFS_RETRY_NODE, FFS_RETRY_TOR
 struct ffs_counters {
 	atomic_ullong requests, reads, read_bytes, generations, named, attaches, refused, errors, interrupted,
 		limited, cache_hits, cache_misses, cache_pruned, reattached, reattaching, lost;
+	atomic_ullong acks[FFS_ACK_VERDICTS]; /* of children of forks, by what they were taken for */
 };
 
 struct ffs_fs {
@@ -194,6 +197,7 @@ struct ffs_fs {
 	struct ffs_nodes *nodes;
 	struct ffs_handles *handles;
 	struct ffs_events *events;
+	struct ffs_acks *acks;
 	struct ffs_keyed *keyed;
 	struct ffs_sentences *sentences;
 	struct {

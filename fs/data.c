@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ack.h"
 #include "base/fault.h"
 #include "base/log.h"
 #include "base/util.h"
@@ -220,8 +221,10 @@ void ffs_named_open(struct ffs_call *call, struct ffs_node *node, int flags)
 		ffs_retry_take(fs, call->who.tid, node->ino);
 		shot = ffs_shot_ref(node->named->shot);
 		ffs_keyed_used(node->named);
-		if (node->key.kind == FFS_KIND_FORK_MEMORY)
+		if (node->key.kind == FFS_KIND_FORK_MEMORY) {
 			node->fork->fixed = true;
+			ffs_ack_opened(node->fork, false);
+		}
 	}
 	pthread_mutex_unlock(&fs->lock);
 	if (code) {

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "ack.h"
 #include "base/cleanup.h"
 #include "base/fault.h"
 #include "base/log.h"
@@ -45,6 +46,7 @@ static int describe(const struct ffs_fork *f, const struct ffs_staged *add, cons
 	snprintf(r.name, sizeof(r.name), "%s", f->name);
 	snprintf(r.branch, sizeof(r.branch), "%s", f->named->shot ? ffs_shot_id(f->named->shot) : "");
 	memcpy(r.epoch, f->epoch, sizeof(r.epoch));
+	r.ack_port = f->ack ? f->ack->port : 0;
 	r.box = calloc(f->n_staged + 1, sizeof(*r.box));
 	if (!r.box)
 		return -ENOMEM;
@@ -309,6 +311,8 @@ static int load_one(void *arg, const char *name)
 		f->time_ns = r.made_ns;
 		if (take_boxes(f, &r) < 0)
 			ffs_error_set(&why, ENOMEM, "no memory for fork '%s'", name);
+		else if (r.ack_port)
+			ffs_ack_listen_again(l->fs, f, r.ack_port);
 	}
 	ffs_fork_record_clear(&r);
 	if (why.code) {

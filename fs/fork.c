@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ack.h"
 #include "base/util.h"
 #include "box.h"
 #include "park.h"
@@ -63,6 +64,7 @@ void ffs_fork_unref(struct ffs_fork *f)
 		ffs_list_del(&s->link);
 		ffs_staged_free(s);
 	}
+	ffs_ack_free(f);
 	ffs_tokens_free(&f->tokens);
 	ffs_overlay_unref(f->overlay);
 	ffs_named_unref(f->named);
@@ -107,6 +109,8 @@ void ffs_fork_remove(struct ffs_fork *f)
 	if (f->removed)
 		return;
 	f->removed = true;
+	if (f->ack)
+		ffs_ack_wake(f->named->sbx->fs);
 	ffs_list_del(&f->link);
 	ffs_fork_unref(f);
 }
@@ -182,6 +186,7 @@ int ffs_fork_stage(struct ffs_fork *f, struct ffs_staged *s, bool own_only, stru
 		f->n_staged++;
 	}
 	ffs_list_add(&f->staged, &s->link);
+	ffs_ack_expect(f);
 	return 0;
 }
 
@@ -213,6 +218,7 @@ int ffs_fork_unstage(struct ffs_fork *f, const char *text, struct ffs_error *err
 	ffs_overlay_remove(f->overlay, s->box.frame.offset);
 	ffs_list_del(&s->link);
 	f->n_staged--;
+	ffs_ack_expect(f);
 	ffs_staged_free(s);
 	return 0;
 }

@@ -29,6 +29,7 @@ struct ffs_fork {
 	struct ffs_list tokens; /* box.c */
 	bool fixed;             /* somebody has opened its memory, or an earlier daemon made it: it never changes again */
 	bool changing;          /* its file in the store is being written: nobody opens its memory meanwhile */
+	struct ffs_fork_ack *ack; /* ack.c; NULL: nothing of it is to be acknowledged */
 	struct ffs_error failure; /* code 0: it is good; else why it can't be used */
 	bool removed;
 	uint64_t time_ns;
@@ -88,6 +89,7 @@ struct ffs_stage_request {
 	size_t text_len;
 	bool wants_ack;
 	unsigned ack_timeout_ms;
+	unsigned ack_port; /* where the daemon listens for it */
 };
 /* What a running guest publishes just now: its memory is searched, it is not stopped. *out is the caller's.
  */

@@ -36,6 +36,7 @@ struct ffs_mount_options {
 	char store[PATH_MAX];              /* directory of the store; "": branches live in memory only */
 	enum ffs_store_kind default_store; /* of mkdir and of requests that do not say; dense with a store */
 	bool default_store_given;
+	char ack_address[64];   /* IP address at which acknowledgements of forks are listened for; 127.0.0.1 */
 	uint32_t max_read;      /* largest read request asked for, bytes, a multiple of 4096; 1 MiB */
 	enum ffs_log_level log; /* FFS_LOG_INFO */
 	/* Called in the serving process once the mount answers, from a thread of the daemon; may be NULL. */
@@ -48,7 +49,7 @@ void ffs_mount_options_init(struct ffs_mount_options *opt);
 /* Take in a comma-separated list as -o gives it: allow_other, branch=on|off, branch-rate=N, lease=SECONDS,
  * memory=SIZE|auto|unlimited, captures=N, cache-age=SECONDS, cache-size=SIZE, cache-store=SIZE,
  * passthrough=auto|off, reattach=on|off, store=DIR, default-store=memory|dense|packed,
- * max_read=BYTES, log=error|warning|info|debug. What mount(8) and fstab add (rw, dev, suid, exec, auto, user,
+ * ack-address=IP, max_read=BYTES, log=error|warning|info|debug. What mount(8) and fstab add (rw, dev, suid, exec, auto, user,
  * _netdev, x-*, …) is accepted and ignored. -EINVAL with a sentence that names the option. */
 int ffs_mount_options_parse(struct ffs_mount_options *opt, const char *list, struct ffs_error *err);
 

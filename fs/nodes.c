@@ -63,6 +63,7 @@ static const struct {
 	[FFS_KIND_FORK_VMSTATE] = {"vmstate", S_IFREG, 0400, FFS_KIND_FORK, false},
 	[FFS_KIND_FORK_MANIFEST] = {"manifest.json", S_IFREG, 0400, FFS_KIND_FORK, true},
 	[FFS_KIND_FORK_STATUS] = {"status", S_IFREG, 0400, FFS_KIND_FORK, true},
+	[FFS_KIND_FORK_ACK] = {"ack", S_IFREG, 0400, FFS_KIND_FORK, false},
 	[FFS_KIND_FORK_RECORD] = {"record.json", S_IFREG, 0400, FFS_KIND_FORK, true},
 	[FFS_KIND_FORK_BOXES] = {"mailboxes", S_IFDIR, 0700, FFS_KIND_FORK_BOXES, true},
 	[FFS_KIND_SBX_BOXES] = {"mailboxes", S_IFDIR, 0700, FFS_KIND_SBX_BOXES, false},

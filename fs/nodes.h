@@ -37,6 +37,7 @@ enum ffs_kind {
 	FFS_KIND_FORK_VMSTATE,
 	FFS_KIND_FORK_MANIFEST,
 	FFS_KIND_FORK_STATUS,
+	FFS_KIND_FORK_ACK,    /* forks/NAME/ack, where something of it is to be acknowledged */
 	FFS_KIND_FORK_RECORD, /* forks/NAME/record.json */
 	FFS_KIND_FORK_BOXES, /* forks/NAME/mailboxes */
 	FFS_KIND_SBX_BOXES,  /* SANDBOX/mailboxes */

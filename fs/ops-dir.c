@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ack.h"
 #include "base/fault.h"
 #include "base/util.h"
 #include "box.h"
@@ -28,7 +29,7 @@ static const enum ffs_kind named_kinds[] = {FFS_KIND_NAMED_MEMORY, FFS_KIND_NAME
 	FFS_KIND_NAMED_STATUS, FFS_KIND_NAMED_STATE, FFS_KIND_NAMED_WAIT, FFS_KIND_DISKS, FFS_KIND_FORKS,
 	FFS_KIND_NAMED_MANIFEST};
 static const enum ffs_kind fork_kinds[] = {FFS_KIND_FORK_MEMORY, FFS_KIND_FORK_VMSTATE, FFS_KIND_FORK_BOXES,
-	FFS_KIND_FORK_STATUS, FFS_KIND_FORK_RECORD, FFS_KIND_FORK_MANIFEST};
+	FFS_KIND_FORK_STATUS, FFS_KIND_FORK_RECORD, FFS_KIND_FORK_MANIFEST, FFS_KIND_FORK_ACK};
 
 /* The files and directories with fixed names in a directory. */
 static unsigned children(const struct ffs_fs *fs, const struct ffs_node *dir, const enum ffs_kind **out)
@@ -49,7 +50,8 @@ static unsigned children(const struct ffs_fs *fs, const struct ffs_node *dir, co
 		return FFS_ARRAY_LEN(named_kinds);
 	case FFS_KIND_FORK:
 		*out = fork_kinds;
-		return FFS_ARRAY_LEN(fork_kinds);
+		/* ack is the last: for who asks for it */
+		return FFS_ARRAY_LEN(fork_kinds) - !ffs_ack_asks(dir->fork);
 	default:
 		return 0;
 	}

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "ack.h"
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "box.h"
@@ -62,6 +63,8 @@ static void open_plain(struct ffs_call *call, struct ffs_node *node, int flags)
 		ffs_caller_of(call->req, &call->who);
 	pthread_mutex_lock(&fs->lock);
 	h = ffs_handle_new(fs, node, flags, &call->who);
+	if (h && node->key.kind == FFS_KIND_FORK_ACK)
+		ffs_ack_opened(node->fork, true);
 	if (h && ctl)
 		h->txn = ffs_txn_new(fs, node->sbx, flags, &call->who);
 	if (h && ctl && !h->txn) {
@@ -184,6 +187,8 @@ void ffs_op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct 
 			read_text(&call, h, size, (uint64_t)off);
 		else if (kind == FFS_KIND_NAMED_WAIT)
 			ffs_wait_read(&call, h, size, (uint64_t)off, fi->flags);
+		else if (kind == FFS_KIND_FORK_ACK)
+			ffs_ack_read(&call, h, size, (uint64_t)off, fi->flags);
 		else if (kind == FFS_KIND_EVENTS)
 			ffs_events_read(&call, h, size, fi->flags);
 		else if (h->txn)

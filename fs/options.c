@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/udp.h"
 #include "base/util.h"
 #include "forkfs-engine.h"
 #include "fs.h"
@@ -32,6 +33,7 @@ void ffs_mount_options_init(struct ffs_mount_options *opt)
 		.cache_age_ns = CACHE_AGE_S * FFS_NS_PER_S,
 		.cache_size = UINT64_MAX,
 		.cache_store = UINT64_MAX,
+		.ack_address = "127.0.0.1",
 		.max_read = 1u << 20,
 		.log = FFS_LOG_INFO,
 	};
@@ -157,6 +159,12 @@ static int with_value(
 				value);
 		opt->default_store_given = true;
 		return 0;
+	} else if (strcmp(name, "ack-address") == 0) {
+		if (strlen(value) >= sizeof(opt->ack_address) ||
+			ffs_ip_parse(value, &(struct sockaddr_storage){0}, &(socklen_t){0}) < 0)
+			return ffs_error_set(err, EINVAL,
+				"mount option ack-address: an IP address of this host, not '%.60s'", value);
+		snprintf(opt->ack_address, sizeof(opt->ack_address), "%s", value);
 	} else if (strcmp(name, "max_read") == 0) {
 		r = number(name, value, 1u << 20, &n, err);
 		if (!r && (n < 4096 || n % 4096))
@@ -170,7 +178,7 @@ static int with_value(
 		r = ffs_error_set(err, EINVAL,
 			"there is no mount option '%s' (allow_other, branch=, branch-rate=, lease=, "
 			"memory=, captures=, cache-age=, cache-size=, cache-store=, passthrough=, reattach=, store=, "
-			"default-store=, max_read=, "
+			"default-store=, ack-address=, max_read=, "
 			"log=)",
 			name);
 	}

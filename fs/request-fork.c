@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ack.h"
 #include "base/log.h"
 #include "base/util.h"
 #include "ctl.h"
@@ -175,7 +176,8 @@ static int add_payload(struct ffs_shot *shot, struct ffs_fork *f, const struct f
 		.text = box->payload,
 		.text_len = box->payload_len,
 		.wants_ack = box->wants_ack,
-		.ack_timeout_ms = box->ack_timeout_ms};
+		.ack_timeout_ms = box->ack_timeout_ms,
+		.ack_port = f->ack ? f->ack->port : 0};
 	struct ffs_staged *s;
 	unsigned before = f->n_staged;
 	int r = ffs_stage_prepare(shot, &req, f->epoch, &s, err);
@@ -212,6 +214,13 @@ int ffs_request_admit_fork(
 	else
 		shot = ffs_shot_ref(n->shot);
 	pthread_mutex_unlock(&fs->lock);
+	bool asks = false;
+
+	for (unsigned i = 0; i < req->n_boxes; i++)
+		asks |= req->boxes[i].wants_ack;
+	/* before the payloads, which name the port */
+	if (!r && asks)
+		r = ffs_ack_listen(fs, f, 0, err);
 	for (unsigned i = 0; !r && i < req->n_boxes; i++)
 		r = add_payload(shot, f, &req->boxes[i], who, err);
 	ffs_shot_unref(shot);

@@ -177,8 +177,7 @@ int ffs_sbx_find_frame(struct ffs_sbx *sbx, const struct ffs_stage_request *req,
  * ------------------------------------------------------------------------------------------------------ */
 
 /* The branch's page with the payload in it. */
-static int make_page(
-	struct ffs_shot *shot, struct ffs_staged *s, const uint8_t epoch[16], struct ffs_error *err)
+static int make_page(struct ffs_shot *shot, struct ffs_staged *s, const uint8_t epoch[16], unsigned port, struct ffs_error *err)
 {
 	ssize_t n = read_memory(shot, s->box.page, sizeof(s->box.page), s->box.frame.offset, err);
 
@@ -186,7 +185,7 @@ static int make_page(
 		return err && err->text[0] ? (n < 0 ? (int)n : -EIO)
 					   : ffs_error_set(err, EIO, "the mailbox's page can't be read");
 	return ffs_mailbox_lay(
-		s->box.frame.id.kind, s->box.payload, epoch, s->box.wants_ack, 0, s->box.page, err);
+		s->box.frame.id.kind, s->box.payload, epoch, s->box.wants_ack, port, s->box.page, err);
 }
 
 /* Whoever starts the child adds the port at which it waits; that no room is left is known now. */
@@ -220,7 +219,7 @@ static int fill(struct ffs_shot *shot, const struct ffs_mailbox_frames *frames,
 		r = ffs_mailbox_fits(frame->id.kind, s->box.payload.len, frame->offset, shot->memory_size, err);
 	if (!r && s->box.wants_ack)
 		r = check_port(frame->id.kind, s->box.payload, err);
-	return r < 0 ? r : make_page(shot, s, epoch, err);
+	return r < 0 ? r : make_page(shot, s, epoch, req->ack_port, err);
 }
 
 int ffs_stage_prepare(struct ffs_shot *shot, const struct ffs_stage_request *req, const uint8_t epoch[16],

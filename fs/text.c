@@ -14,6 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "ack.h"
 #include "base/util.h"
 #include "ctl.h"
 #include "durable.h"
@@ -176,6 +177,13 @@ static int make_metrics(struct ffs_fs *fs, char **text)
 		atomic_load(&c->errors));
 	metric(f, "interrupted_total", "counter", "Requests ended by a signal to their client.",
 		atomic_load(&c->interrupted));
+	metric(f, "acks_total", "counter", "Acknowledgements of mailboxes of forks.",
+		atomic_load(&c->acks[FFS_ACK_TAKEN]));
+	fprintf(f, "# HELP forkfs_acks_ignored_total Datagrams that were none, or not the ones that forks wait for.\n"
+		   "# TYPE forkfs_acks_ignored_total counter\n");
+	for (enum ffs_ack_verdict v = FFS_ACK_TAKEN + 1; v < FFS_ACK_VERDICTS; v++)
+		fprintf(f, "forkfs_acks_ignored_total{why=\"%s\"} %llu\n", ffs_ack_verdict_name(v),
+			atomic_load(&c->acks[v]));
 	metric(f, "passthrough", "gauge", "1: settled branches are served by passthrough.",
 		atomic_load(&fs->pass.on));
 	bool bad = ferror(f) != 0;
@@ -291,6 +299,8 @@ struct json_object *ffs_fork_status(struct ffs_fs *fs, struct ffs_fork *f)
 							       : ffs_branch_state_name(n->shot->state)));
 		if (f->failure.code)
 			json_object_object_add(o, "error", json_object_new_string(f->failure.text));
+		if (ffs_ack_asks(f))
+			json_object_object_add(o, "ack", ffs_ack_json(f));
 		/* durable as its branch is */
 		json_object_object_add(o, "stored", json_object_new_boolean(n->shot->stored != NULL));
 		json_object_object_add(o, "memory_bytes", json_object_new_uint64(n->memory_size));
@@ -388,6 +398,8 @@ unsigned ffs_handle_revents(struct ffs_fs *fs, const struct ffs_handle *h)
 		if (!named->shot || named->shot->state == FFS_BRANCH_FAILED)
 			return POLLIN | POLLRDNORM | POLLERR;
 		return named->shot->state == FFS_BRANCH_READY ? POLLIN | POLLRDNORM : 0;
+	case FFS_KIND_FORK_ACK:
+		return ffs_ack_readable(h->node->fork) ? POLLIN | POLLRDNORM : 0;
 	case FFS_KIND_EVENTS:
 		return ffs_events_pending(fs, h) ? POLLIN | POLLRDNORM : 0;
 	case FFS_KIND_META_CTL:

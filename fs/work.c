@@ -51,7 +51,7 @@ static struct ffs_work *queue_get(struct queue *q)
 	return w;
 }
 
-static int start_thread(pthread_t *thread, void *(*fn)(void *), void *arg)
+int ffs_thread_start(pthread_t *thread, void *(*fn)(void *), void *arg)
 {
 	sigset_t all, old;
 
@@ -121,7 +121,7 @@ static void *pool_thread(void *arg)
 static int add_thread(struct ffs_pool *p)
 {
 	pthread_t thread;
-	int r = start_thread(&thread, pool_thread, p);
+	int r = ffs_thread_start(&thread, pool_thread, p);
 
 	if (r < 0)
 		return r;
@@ -239,7 +239,7 @@ struct ffs_reaper *ffs_reaper_new(const struct ffs_reaper_ops *ops)
 	r->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pthread_mutex_init(&r->lock, NULL);
 	queue_init(&r->queue);
-	if (r->event < 0 || start_thread(&r->thread, reaper_thread, r) < 0) {
+	if (r->event < 0 || ffs_thread_start(&r->thread, reaper_thread, r) < 0) {
 		if (r->event >= 0)
 			close(r->event);
 		free(r);

@@ -3,6 +3,7 @@
  * every handler (answers to interrupted requests, poll notifications, ends of leases). */
 #pragma once
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -21,6 +22,9 @@ void ffs_pool_submit(struct ffs_pool *pool, struct ffs_work *w);
 /* Run what is queued and wait for all threads. What is submitted later is never run (the process is ending).
  */
 void ffs_pool_stop(struct ffs_pool *pool);
+
+/* A thread that takes no signals but those that a fault in it raises. 0 or -errno. */
+int ffs_thread_start(pthread_t *thread, void *(*fn)(void *), void *arg);
 
 struct ffs_reaper;
 

@@ -6,7 +6,6 @@
  * Threads: the child's; what the fork asks for is read by the main thread before. No locks. What waits here, waits for
  * datagrams, for the child's end, for the next deadline, and, as a page of a guest tells nobody that it has changed, for
  * a few milliseconds before it looks there again. */
-#include <arpa/inet.h>
 #include <errno.h>
 #include <json-c/json.h>
 #include <poll.h>
@@ -19,6 +18,7 @@
 
 #include "base/cleanup.h"
 #include "base/fault.h"
+#include "base/udp.h"
 #include "base/util.h"
 #include "mailbox/ack.h"
 #include "restore.h"
@@ -85,55 +85,18 @@ int ffs_restore_ack_read(struct ffs_restore *r, struct json_object *status, stru
 /* ---- the port
  * ------------------------------------------------------------------------------------------------------ */
 
-int ffs_restore_ack_address(const char *text, struct sockaddr_storage *out, socklen_t *len)
-{
-	struct sockaddr_in *v4 = (struct sockaddr_in *)out;
-	struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)out;
-
-	*out = (struct sockaddr_storage){0};
-	if (inet_pton(AF_INET, text, &v4->sin_addr) == 1) {
-		v4->sin_family = AF_INET;
-		*len = sizeof(*v4);
-		return 0;
-	}
-	if (inet_pton(AF_INET6, text, &v6->sin6_addr) != 1)
-		return -EINVAL;
-	v6->sin6_family = AF_INET6;
-	*len = sizeof(*v6);
-	return 0;
-}
-
-static unsigned port_of(int sock)
-{
-	struct sockaddr_storage name;
-	socklen_t len = sizeof(name);
-
-	if (getsockname(sock, (struct sockaddr *)&name, &len) < 0)
-		return 0;
-	return ntohs(name.ss_family == AF_INET ? ((struct sockaddr_in *)&name)->sin_port
-					       : ((struct sockaddr_in6 *)&name)->sin6_port);
-}
-
 /* Every child has its own: the text does not say which of a fork's children it is from. */
 static int open_port(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
 {
 	const char *address = r->ack_address ? r->ack_address : ADDRESS_DEFAULT;
 	struct ffs_restore_ack *a = calloc(1, sizeof(*a));
-	struct sockaddr_storage name;
-	socklen_t len;
 
 	if (!a)
 		return ffs_error_set(err, ENOMEM, "no memory to wait for acknowledgements");
 	c->ack = a;
 	a->wait = r->ack;
-	a->sock = -1;
-	if (ffs_restore_ack_address(address, &name, &len) < 0)
-		return ffs_error_set(err, EINVAL, "--ack-address is an IP address of this host, not '%.60s'", address);
-	a->sock = socket(name.ss_family, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (a->sock < 0 || bind(a->sock, (struct sockaddr *)&name, len) < 0)
-		return ffs_error_errno(err, errno, "a port of %s for acknowledgements", address);
-	a->port = port_of(a->sock);
-	return a->port ? 0 : ffs_error_errno(err, errno, "a port of %s for acknowledgements", address);
+	a->sock = ffs_udp_listen(address, 0, &a->port, err);
+	return a->sock < 0 ? a->sock : 0;
 }
 
 static void close_port(struct ffs_restore *r, struct ffs_child *c)

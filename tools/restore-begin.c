@@ -10,11 +10,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "agent-link.h"
 #include "base/cleanup.h"
+#include "base/udp.h"
 #include "base/util.h"
 #include "restore.h"
 
@@ -239,7 +239,7 @@ int ffs_restore_check_args(struct ffs_restore_args *a, struct ffs_error *err)
 		return ffs_error_set(err, EINVAL, "--ready-timeout goes with --healthy");
 	if (a->ready && ffs_seconds_option("--ready-timeout", a->ready, &a->ready_s, err) < 0)
 		return -EINVAL;
-	if (a->ack_address && ffs_restore_ack_address(a->ack_address, &(struct sockaddr_storage){0}, &(socklen_t){0}) < 0)
+	if (a->ack_address && ffs_ip_parse(a->ack_address, &(struct sockaddr_storage){0}, &(socklen_t){0}) < 0)
 		return ffs_error_set(err, EINVAL, "--ack-address is an IP address of this host, not '%.60s'", a->ack_address);
 	if (a->backend && strcmp(a->backend, "file") && strcmp(a->backend, "uffd"))
 		return ffs_error_set(err, EINVAL, "--backend is file or uffd, not '%.40s'", a->backend);

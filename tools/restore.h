@@ -176,9 +176,6 @@ int ffs_restore_fork_write(const struct ffs_restore *r, const struct ffs_child *
 
 /* Which mailboxes of the fork are to be acknowledged, by its status, into r->ack. Main thread. */
 int ffs_restore_ack_read(struct ffs_restore *r, struct json_object *status, struct ffs_error *err);
-struct sockaddr_storage;
-/* An IP address to listen at: 0 or -EINVAL. */
-int ffs_restore_ack_address(const char *text, struct sockaddr_storage *out, unsigned *len);
 /* A page of the fork goes to this address of the child: where its payload is to be acknowledged, it names our port. */
 int ffs_restore_ack_page(const struct ffs_restore *r, const struct ffs_child *c, uint64_t offset, uint64_t at, void *page,
 	struct ffs_error *err);

@@ -67,6 +67,8 @@ static void test_values(void **state)
 	assert_int_equal(parsed("").cache_age_ns, 86400 * FFS_NS_PER_S);
 	assert_int_equal(parsed("cache-age=0").cache_age_ns, 0);
 	assert_int_equal(parsed("captures=3").captures, 3);
+	assert_string_equal(parsed("").ack_address, "127.0.0.1");
+	assert_string_equal(parsed("ack-address=::1").ack_address, "::1");
 	assert_string_equal(parsed("store=/var/lib/forkfs").store, "/var/lib/forkfs");
 	assert_int_equal(parsed("").default_store, FFS_STORE_MEMORY);
 	assert_int_equal(parsed("default-store=packed").default_store, FFS_STORE_PACKED);
@@ -82,7 +84,7 @@ static void test_refused(void **state)
 {
 	static const char *const lists[] = {"nonsense", "lease", "lease=", "store", "store=", "default-store=tape", "lease=-1", "lease=x",
 		"lease=99999999999999999999", "lease=5s", "branch", "branch=maybe", "branch-rate=1e3",
-		"passthrough=on", "max_read=1", "max_read=5000", "max_read=2097152", "log=loud", "memory",
+		"passthrough=on", "max_read=1", "max_read=5000", "max_read=2097152", "ack-address=", "ack-address=localhost", "ack-address=1.2.3", "log=loud", "memory",
 		"memory=", "memory=1X", "memory=1MB", "memory=-1", "memory=M", "memory=17179869184G",
 		"memory=18446744073709551615", "captures=x", "cache-age=x", "cache-size=", "cache-size=auto",
 		"captures=", "allow_other=1", "rw,nonsense=3", "allow_others"};

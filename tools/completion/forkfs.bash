@@ -89,7 +89,7 @@ _forkfs() {
 		;;
 	-o)
 		[[ $command == mount ]] || return
-		mapfile -t COMPREPLY < <(compgen -W 'allow_other branch=off branch-rate= lease= memory= captures= cache-age= cache-size= cache-store= passthrough=off reattach=off store= default-store=' -- "$current")
+		mapfile -t COMPREPLY < <(compgen -W 'allow_other branch=off branch-rate= lease= memory= captures= cache-age= cache-size= cache-store= passthrough=off reattach=off store= default-store= ack-address=' -- "$current")
 		compopt -o nospace
 		return
 		;;
