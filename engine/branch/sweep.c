@@ -16,6 +16,7 @@
 #define CONVERGE_ROUNDS 8u
 #define SWEEPERS 4u
 #define SLICES_PER_SWEEPER 64u /* some 2 ms of work are worth starting a thread for */
+#define SLICES_AT_ONCE 32u     /* most are clean in a pause: then finding them out is all the work there is */
 
 /* One pass, shared by those who do it. */
 struct pass {
@@ -69,23 +70,39 @@ static int sweep_slice(const struct ffs_sweep *s, bool paused, struct ffs_pages_
 	return e;
 }
 
+/* Some slices of a region, those that are dirty. */
+static void sweep_some(struct sweeper *w, struct ffs_pages_region *r, uint64_t slice, uint64_t end)
+{
+	const struct pass *p = w->pass;
+
+	for (; slice < end && w->result == 0 && !atomic_load(&p->failed); slice++)
+		/* read after `taking`, or the slot, was set: pages.h */
+		if (atomic_load(&r->dirty[slice]))
+			w->result = sweep_slice(p->s, p->paused, r, slice, &w->swept, &w->err);
+}
+
 static void *sweep_main(void *arg)
 {
 	struct sweeper *w = arg;
 	struct pass *p = w->pass;
 	struct ffs_pages *pages = p->s->t->pages;
-	uint64_t number;
+	uint64_t number, end;
 
 	while (w->result == 0 && !atomic_load(&p->failed) &&
-		(number = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed)) < pages->n_slices) {
-		unsigned region;
-		uint64_t slice;
+		(number = atomic_fetch_add_explicit(&p->next, SLICES_AT_ONCE, memory_order_relaxed)) <
+			pages->n_slices) {
+		end = number + SLICES_AT_ONCE < pages->n_slices ? number + SLICES_AT_ONCE : pages->n_slices;
+		while (number < end) {
+			unsigned region;
+			uint64_t slice;
 
-		ffs_pages_slice(pages, number, &region, &slice);
-		/* read after `taking`, or the slot, was set: pages.h */
-		if (atomic_load(&pages->r[region].dirty[slice]))
-			w->result =
-				sweep_slice(p->s, p->paused, &pages->r[region], slice, &w->swept, &w->err);
+			ffs_pages_slice(pages, number, &region, &slice);
+			struct ffs_pages_region *r = &pages->r[region];
+			uint64_t n = r->n_slices - slice < end - number ? r->n_slices - slice : end - number;
+
+			sweep_some(w, r, slice, slice + n);
+			number += n;
+		}
 	}
 	if (w->result < 0)
 		atomic_store(&p->failed, true);
