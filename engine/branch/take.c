@@ -107,6 +107,7 @@ static int copy_stopped(struct take *k, struct ffs_error *err)
 	if (e < 0)
 		return e;
 	ffs_priority_self(0); /* what comes takes long, and nobody waits for us with real-time priority */
+	ffs_priority_return_vcpus(&k->t->wd->lent); /* somebody else may resume the guest meanwhile */
 	k->b->instant_wall_ns = ffs_wall_ns();
 	k->b->armed_ns = ffs_now_ns();
 	k->b->phases.dirty_at_pause = swept;
@@ -175,7 +176,8 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 		ph->priority_lent = ffs_priority_self(1) && ffs_priority_lend(&k->t->wd->lent);
 		t0 = ffs_now_ns();
 		e = vmm->ops->pause(vmm, t0 + FFS_PAUSE_LIMIT_NS, err);
-		ffs_priority_return_vcpus(&k->t->wd->lent);
+		if (e < 0) /* they may run */
+			ffs_priority_return_vcpus(&k->t->wd->lent);
 		ph->stop_ns = ffs_now_ns() - t0;
 	}
 	if (e == 0) {
@@ -195,6 +197,8 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 	/* on every path: undoes our own stop, and only looks where the VM was found stopped */
 	uint64_t t2 = ffs_now_ns();
 	struct ffs_error why = {0};
+
+	ffs_priority_return_vcpus(&k->t->wd->lent);
 	int r = resume_guest(k, &why);
 
 	if (k->was_running) {

@@ -16,22 +16,29 @@
 /* Above ordinary threads, below the kernel's own and the watchdog; a vCPU below the thread that stops it. */
 enum { PRIO_VCPU = 2, PRIO_VMM = 4, PRIO_SELF = 4 };
 
-/* QEMU names its threads only when asked to, so whatever is neither the main thread (which saves and resumes)
- * nor Firecracker's API thread counts as a vCPU: it is lent less, and gives it back once the VM has stopped.
- */
-static bool is_vcpu(pid_t pid, const char *tid)
+static void read_comm(pid_t pid, const char *tid, char comm[16])
 {
-	char path[64], *comm = NULL;
+	char path[64], *text = NULL;
+
+	comm[0] = '\0';
+	snprintf(path, sizeof(path), "/proc/%d/task/%.12s/comm", (int)pid, tid);
+	if (ffs_read_file(path, 64, &text, NULL) == 0)
+		snprintf(comm, 16, "%.*s", (int)strcspn(text, "\n"), text);
+	free(text);
+}
+
+/* The main thread saves and resumes, or one that has a name of its own and is no vCPU by it does:
+ * Firecracker's and a cooperating VMM's API thread, QEMU's I/O threads. Names of vCPUs: "CPU 0/KVM" (QEMU,
+ * which names its threads only when asked to), "fc_vcpu 0", "vcpu0". A thread that has the process's name, or
+ * whose name cannot be read, may be a vCPU. */
+static bool is_vcpu(pid_t pid, const char *process, const char *tid)
+{
+	char comm[16];
 
 	if (atoi(tid) == pid)
 		return false;
-	snprintf(path, sizeof(path), "/proc/%d/task/%.12s/comm", (int)pid, tid);
-	if (ffs_read_file(path, 64, &comm, NULL) < 0)
-		return true;
-	bool vcpu = strncmp(comm, "fc_api", 6) != 0;
-
-	free(comm);
-	return vcpu;
+	read_comm(pid, tid, comm);
+	return !comm[0] || strcmp(comm, process) == 0 || strcasestr(comm, "cpu");
 }
 
 static void closedirp(DIR **d)
@@ -42,10 +49,12 @@ static void closedirp(DIR **d)
 
 void ffs_priority_find(struct ffs_lent *l, pid_t pid)
 {
-	char path[64];
+	char path[64], process[16];
 	struct dirent *e;
 
 	l->found = 0;
+	snprintf(path, sizeof(path), "%d", (int)pid);
+	read_comm(pid, path, process);
 	snprintf(path, sizeof(path), "/proc/%d/task", (int)pid);
 	_cleanup_(closedirp) DIR *dir = opendir(path);
 
@@ -58,7 +67,7 @@ void ffs_priority_find(struct ffs_lent *l, pid_t pid)
 			continue;
 		l->thread[l->found].tid = tid;
 		l->thread[l->found].policy = policy;
-		l->thread[l->found].vcpu = is_vcpu(pid, e->d_name);
+		l->thread[l->found].vcpu = is_vcpu(pid, process, e->d_name);
 		l->found++;
 	}
 }

@@ -1,8 +1,9 @@
 /* Real-time priority lent to the VMM's threads for the length of a pause.
  *
  * On loaded CPUs the pause is mostly the VMM's threads waiting for a CPU: stopping needs each vCPU to run
- * once, saving and resuming the main thread. So they get SCHED_RR from just before the stop until the resume,
- * vCPUs only until they have stopped: a vCPU that runs freely with it would starve the host. What was lent
+ * once, and so does saving where vCPU threads save their own state (Firecracker, QEMU with KVM); the rest is the
+ * main thread's or an API thread's. So they get SCHED_RR from just before the stop until the guest runs, vCPUs
+ * only until just before the resume: a vCPU that runs freely with it would starve the host. What was lent
  * stands in shared memory before it is lent, so that the watchdog gives it back when the daemon cannot. */
 #pragma once
 
