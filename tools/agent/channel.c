@@ -113,23 +113,24 @@ static void on_listener(struct watch *w, uint32_t events)
 		conn_add(fd, ch->name, false);
 }
 
+static void open_channel(struct channel *ch)
+{
+	int fd = ch->there || ch->w.fd >= 0 ? -1 : ch->open();
+
+	if (fd >= 0 && ch->port) {
+		ch->there = true;
+		conn_add(fd, ch->name, true);
+	} else if (fd >= 0) {
+		ch->w.fd = fd;
+		ch->w.ready = on_listener;
+		watch_arm(&ch->w, EPOLLIN);
+	}
+}
+
 static void open_missing(void)
 {
-	for (unsigned i = 0; i < N_CHANNELS; i++) {
-		struct channel *ch = &channels[i];
-		int fd = ch->there || ch->w.fd >= 0 ? -1 : ch->open();
-
-		if (fd < 0)
-			continue;
-		if (ch->port) {
-			ch->there = true;
-			conn_add(fd, ch->name, true);
-		} else {
-			ch->w.fd = fd;
-			ch->w.ready = on_listener;
-			watch_arm(&ch->w, EPOLLIN);
-		}
-	}
+	for (unsigned i = 0; i < N_CHANNELS; i++)
+		open_channel(&channels[i]);
 }
 
 static void on_device(struct watch *w, uint32_t events)
@@ -159,9 +160,11 @@ void channels_start(void)
 void channels_rebind(const struct conn *keep)
 {
 	conn_close_others(keep);
+	/* those that were there: to look for another costs the kernel a search for a module each time, and its device would be
+	 * announced. A unix socket is of this machine's file system, which was restored with it */
 	for (unsigned i = 0; i < N_CHANNELS; i++)
-		/* a unix socket is of this machine's file system, which was restored with it */
-		if (channels[i].w.fd >= 0 && channels[i].open != open_unix)
+		if (channels[i].w.fd >= 0 && channels[i].open != open_unix) {
 			watch_close(&channels[i].w);
-	open_missing();
+			open_channel(&channels[i]);
+		}
 }
