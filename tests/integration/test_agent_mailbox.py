@@ -58,18 +58,23 @@ def test_forks(case):
     assert not none and "mailbox config was not acknowledged within 2000 ms" in result.err, result.err
 
 
-class Page:
-    """The mailbox of an agent that is a service of this machine, written as a host writes into a fork."""
+def service_memory(pid):
+    """The memory of a process in which a mailbox may be: a file, and [(begin, end)]."""
+    ranges = []
+    with open(f"/proc/{pid}/maps", encoding="utf-8") as maps:
+        for line in maps:
+            begin, end = (int(x, 16) for x in line.split()[0].split("-"))
+            if line.split()[1].startswith("rw") and end - begin <= 1 << 20:
+                ranges.append((begin, end))
+    return f"/proc/{pid}/mem", ranges
 
-    def __init__(self, process, name):
-        self.memory = os.open(f"/proc/{process.pid}/mem", os.O_RDWR)
-        found = []
-        with open(f"/proc/{process.pid}/maps", encoding="utf-8") as maps:
-            for line in maps:
-                begin, end = (int(x, 16) for x in line.split()[0].split("-"))
-                if line.split()[1].startswith("rw") and end - begin <= 1 << 20:
-                    found += [at for at in range(begin, end, 4096) if self._marker(at) == name]
-        self.at, = found
+
+class Page:
+    """The mailbox of an agent, written as a host writes into a fork. memory: a file, and where to look in it."""
+
+    def __init__(self, memory, name):
+        self.memory = os.open(memory[0], os.O_RDWR)
+        self.at, = [at for begin, end in memory[1] for at in range(begin, end, 4096) if self._marker(at) == name]
 
     def _marker(self, at):
         marker = os.pread(self.memory, 89, at)
@@ -102,7 +107,7 @@ def test_service(case):
         path, process = agent.service(case, options=["--mailbox", "config:s3cret", "--mailbox", "config:again", "--mailbox", "a/b", "--on-mailbox", script,
                                                      "--ack-address", "127.0.0.1"])
         log = case.dir / "agent.log"
-        page = Page(process, "config")
+        page = Page(service_memory(process.pid), "config")
 
         def lines():
             return said.read_text().splitlines() if said.exists() else []
@@ -148,6 +153,19 @@ def test_command(case):
         options = ["--mailbox", "config", *(["--on-mailbox", command] if command else [])]
         path, process = agent.service(case, name, options=options)
         if command:
-            Page(process, "config").put(b"{}", bytes(range(16)))
+            Page(service_memory(process.pid), "config").put(b"{}", bytes(range(16)))
         agent.wait_text(case.dir / f"{name}.log", said)
         assert agent.run(case, path, "echo", "there").out == "there\n"
+
+
+def test_gateway(case):
+    """The ACK of a guest in QEMU's user network comes to the port of this machine that the payload names: the host is its gateway."""
+    guest = case.guest(agent=True, mib=128, run=[], network=True, append="forkfs.mailbox=config forkfs.on_mailbox=true").booted()
+    agent.shell(case, guest, "ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up && ip route add default via 10.0.2.2")
+    page = Page((guest.memfd(), [(0, 128 << 20)]), "config")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+        host.bind(("127.0.0.1", 0))
+        host.settimeout(60)
+        page.put(b'{"ack_port":%d}' % host.getsockname()[1], bytes(range(16)), flags=1)
+        assert host.recv(512) == b"stage=applied mailbox=config epoch=" + bytes(range(16)).hex().encode() + b"\n"
+    assert page.word()[0] == 0, "nobody has asked for that"

@@ -247,3 +247,25 @@ def test_restored(case):
     agent.wait_for(lambda: len(records(log)) > mark, "the source's main command has stopped")
     numbers = [int(x["log"].split()[1]) for x in records(log)]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_halt(case):
+    """The VM ends with its main command: its code is on the disk then, the log is whole though nobody is there, and no command that sleeps is waited for."""
+    disk, log = case.dir / "disk.img", case.dir / "main.log"
+    with open(disk, "wb") as f:
+        f.truncate(64 << 20)
+    case.run("mkfs.ext4", "-q", "-F", disk)
+    mount = "mkdir -p /mnt && busybox mount -t ext4 /dev/vda /mnt"
+    how = {"agent": True, "mib": 128, "run": [], "disk": "plain", "image": disk, "append": "forkfs.halt forkfs.exit_file=/mnt/exit_code"}
+    guest = case.guest(**how).booted()
+    handler = case.start(*agent.exec_command(case, guest, "sh", "-c", "trap '' TERM HUP; echo up; exec sleep 1000"), stdout=subprocess.PIPE)
+    assert handler.stdout.readline() == b"up\n"
+    started = main(case, guest, f"{mount} || exit 9; seq 5000; echo the last line; exit 7", "--log", log, "--detach")
+    assert started.wait(timeout=60) == 0, started.stderr.read()
+    assert guest.process.wait(timeout=90) == 0
+    guest.console.wait("main ended: 7")
+    agent.wait_for(lambda: records(log) and records(log)[-1]["log"] == "the last line\n", "the last line is not in the log")
+    assert [r["log"] for r in records(log)[:-1]] == [f"{i}\n" for i in range(1, 5001)]
+    assert handler.wait(timeout=60) == 125
+    again = case.guest("again", **how).booted()
+    assert agent.shell(case, again, f"{mount} && cat /mnt/exit_code").out == "7\n"

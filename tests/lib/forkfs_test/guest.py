@@ -76,6 +76,7 @@ class Guest:
     image_format  raw or qcow2
     overlay   the disk's writes go to a temporary file: the image is opened for reading only
     rights    None (the test's own), "nobody" (started by a user without any) or "dropped" (by root, who becomes one: not dumpable)
+    network   a card in QEMU's user network, where the host is the gateway, 10.0.2.2
     balloon   the guest gives memory back when it is asked to; on a q35
     vmgenid   the VM has a generation id, and a kernel that knows it; on a q35
     agent     its process 1 is the agent of the build under test, on a q35; `run` is then the main command, as words.
@@ -85,11 +86,11 @@ class Guest:
 
     def __init__(self, case, name, run=("counter",), machine=None, mib=256, backend="memfd", smp=2, disk=None,
                  memory=None, stream=None, image=None, image_format="raw", overlay=False,
-                 rights=None, balloon=False, agent=False, append="", vmgenid=False):
+                 rights=None, balloon=False, agent=False, append="", vmgenid=False, network=False):
         self.case, self.name, self.mib, self.smp = case, name, mib, smp
         self.machine = machine or ("q35" if disk or balloon or agent or vmgenid else "microvm")
         self.agent, self.append, self.vmgenid = agent, append, vmgenid
-        self.rights, self.balloon = rights, balloon
+        self.rights, self.balloon, self.network = rights, balloon, network
         self.run, self.disk_kind, self.image_format, self.overlay = list(run), disk, image_format, overlay
         self.dir = case.dir / f"vm-{name}"
         self.dir.mkdir()
@@ -153,6 +154,8 @@ class Guest:
             command += ["-device", "vmgenid,guid=auto"]
         if self.rights == "dropped":
             command += ["-runas", "nobody"]
+        if self.network:
+            command += ["-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0"]
         if self.balloon:
             command += ["-device", "virtio-balloon-pci"]
         if self.disk_kind:
