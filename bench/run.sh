@@ -1,10 +1,11 @@
 #!/bin/bash
 # Build forkfs as it is released and measure it side by side with the alternatives, interleaved in one run.
 #
-# Usage: bench/run.sh [pause|sizes|capture|stall|files|store|restore|fork|agent|scan|all] [--json FILE] [--csv FILE] [--branches N] [--sizes 512,1024,…] [--quick]
+# Usage: bench/run.sh [pause|sizes|capture|stall|files|store|restore|fork|agent|scan|all] [--json FILE] [--csv FILE] [--branches N] [--sizes 512,1024,…] [--guest microvm|firecracker|qemu] [--quick]
 #
 #   pause    how long the guest stands still, what the branch costs; beside a stopped snapshot, arming in the pause and QEMU's own
-#   sizes    the pause and every kind of branch by the size of the memory, 0.5 to 16 GiB, on the microVM of tests/microvm (KVM)
+#   sizes    the pause and every kind of branch by the size of the memory, 0.5 to 16 GiB, on the microVM of tests/microvm (KVM), and up to 4 GiB on a Firecracker
+#            (FIRECRACKER=PATH, or in PATH)
 #   capture  the copying beside memcpy, what a second branch costs with tracking, what the caller waits
 #   stall    how long the guest's writes wait meanwhile, as the guest itself sees it, and the throughput it loses; beside one lock and QEMU's own
 #   files    reading, copying, listing branches; beside files on tmpfs
@@ -14,6 +15,7 @@
 #   agent    children until the agent in their guest is healthy and a first command has run, by phase; ten commands side by side; a cold boot
 #   scan     the look for other writers of guest memory before each branch, with 2,000 processes: by the kernel, and in /proc
 #   --branches N   live branches of each kind (default 12); --sizes: guest memory in MiB, one guest at a time (each has its own default)
+#   --guest      of sizes: this VMM alone
 #   --csv    every sample; --json: with their spread and the machine
 #   --quick  4 branches, the smallest size: does it all work?
 #

@@ -2,7 +2,8 @@
  * rsi = boot_params and the first GiB mapped.
  *
  * The command line begins with two decimal numbers, in MiB: where the slice is, and its size; then comes "mailbox" when
- * there is one, of the name config and the token s3cret, or "devices" for those that fc-virtio.c drives. It makes page tables of its own for 16 GiB, and goes to ring 3 with IOPL 3: a hypervisor without hardware support emulates ring 0 instruction
+ * there is one, of the name config and the token s3cret, or "devices" for those that fc-virtio.c drives, or "f" and
+ * the size of the memory in MiB, all of which behind the slice is then touched once. It makes page tables of its own for 16 GiB, and goes to ring 3 with IOPL 3: a hypervisor without hardware support emulates ring 0 instruction
  * by instruction. */
 #include "machine.h"
 
@@ -29,7 +30,17 @@ _start:	lea	stack_end(%rip), %rsp
 	jne	8f
 	or	$HAS_DEVICES, %r10d
 	movq	$devices, GPA_HOOK
-8:	mov	$TABLES, %edi			/* the VM may have been reset: all entries are written */
+8:	xor	%r12d, %r12d
+	cmpb	$'f', (%rsi)
+	jne	9f
+	inc	%rsi
+	call	number
+	mov	%rax, %r12
+	lea	1024(%rax), %rcx		/* a quarter of it lies above the devices */
+	cmp	$3072, %rax
+	cmova	%rcx, %r12
+	shl	$20, %r12
+9:	mov	$TABLES, %edi			/* the VM may have been reset: all entries are written */
 	xor	%eax, %eax
 	mov	$(2 * 512), %ecx
 	rep stosq
@@ -65,7 +76,7 @@ _start:	lea	stack_end(%rip), %rsp
 	xor	%r13d, %r13d
 	lea	'0'(%r10), %edi
 	lea	stack_end(%rip), %rdx
-	lea	guest_begin(%rip), %rcx
+	lea	fill(%rip), %rcx
 	push	$0x1b				/* ss */
 	push	%rdx
 	push	$0x3002				/* rflags: IOPL 3 */
@@ -84,6 +95,21 @@ number:	xor	%eax, %eax
 	lea	(%rcx,%rax,2), %rax
 	jmp	5b
 6:	ret
+
+/* Touch what is behind the slice, up to r12, but for the fourth GiB. */
+fill:	lea	1(%r14), %rdx
+	shl	$12, %rdx
+	add	%r15, %rdx
+	mov	$0xc0000000, %eax
+	mov	$0x40000000, %ecx
+10:	cmp	%r12, %rdx
+	jae	guest_begin
+	cmp	%rax, %rdx
+	jne	11f
+	add	%rcx, %rdx
+11:	movb	$1, (%rdx)
+	add	$4096, %rdx
+	jmp	10b
 
 /* From guest.S, which keeps its registers. */
 devices:

@@ -25,6 +25,7 @@ def main():
     parser.add_argument("--csv", metavar="FILE", help="all samples, one a line")
     parser.add_argument("--branches", metavar="N", type=int, default=12, help="live branches of each kind (default 12)")
     parser.add_argument("--sizes", metavar="MIB,…", type=mib_list, help="memory of the guests")
+    parser.add_argument("--guest", choices=sizes.GUESTS, help="of sizes: this VMM alone")
     parser.add_argument("--quick", action="store_true", help="4 branches, the smallest size")
     options = parser.parse_args()
     if options.quick:

@@ -1,7 +1,8 @@
 """The pause, the round trip and the time until ready, by the size of the memory: every kind of branch in turns.
 
 The VM is the microVM of tests/microvm: its vCPU writes from inside KVM, and its own stop takes next to nothing, so that what
-is left is what depends on the size; then QEMU, whose guests translate where there is no real KVM, up to a size. A guest at a time.
+is left is what depends on the size; then Firecracker, where there is one ($FIRECRACKER, or in PATH), and QEMU, whose guests translate where there is no real KVM, each up to a size.
+A guest at a time.
 """
 
 import json
@@ -9,6 +10,7 @@ import time
 
 from forkfs_test import case as kit
 from forkfs_test import rig
+from forkfs_test.firecracker import Firecracker
 from forkfs_test.guest import MIB
 from forkfs_test.microvm import MicroVm
 
@@ -17,6 +19,7 @@ from . import machine, pause, peers, record as rec
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)  # MiB, unless others are asked for
 PAUSE_ONLY = 16384  # from here on the capture is cancelled: there is no memory for its image
 COPIED = 24 << 10  # MiB that the branches of one size may copy in all: the rounds of a size are bounded by it
+FIRECRACKER_MOST = 4096  # MiB
 QEMU_MOST = 1024  # MiB; it takes long to boot
 WRITTEN = 64  # MiB that the guest writes over and over
 PHASES = ("prearm", "converge", "stop", "vmstate", "arm", "resume", "capture")
@@ -100,6 +103,13 @@ def microvm(case, mib):
     return MicroVm(case, "sbx1", mib=mib, kind="memfd", vcpus=1, work=WRITTEN, fill=1).booted()
 
 
+def firecracker(case, mib):
+    """The same guest on the stock program."""
+    guest = Firecracker(case, "sbx1", mib=mib, work=WRITTEN, fill=True)
+    guest.check_runs(120)
+    return guest
+
+
 def qemu(case, mib):
     """Two writers of 500 pages a second."""
     guest = case.guest(mib=mib, run=[f"load,mib={pause.guest_room(mib)},fill=1,seq=1,random=1,rate=500"])
@@ -125,17 +135,18 @@ def run_size(record, options, mib, boot):
         guest.check_sane()
 
 
+GUESTS = {"microvm": (microvm, 1 << 30), "firecracker": (firecracker, FIRECRACKER_MOST), "qemu": (qemu, QEMU_MOST)}
+
+
 def run(record, options):
     """All sizes."""
-    for mib in options.sizes:
+    for name, (boot, most) in GUESTS.items():
         try:
-            run_size(record, options, mib, microvm)
+            for mib in options.sizes:
+                if mib <= most and options.guest in (None, name):
+                    run_size(record, options, mib, boot)
         except kit.Skip as e:
-            record.note(f"sizes, microvm left out: {e}")
-            break
-    for mib in options.sizes:
-        if mib <= QEMU_MOST:
-            run_size(record, options, mib, qemu)
+            record.note(f"sizes, {name} left out: {e}")
 
 
 def report(record):

@@ -44,11 +44,12 @@ class Firecracker:
     jail        uid of the jail, or None
     machine     more keys of machine-config
     mailbox     the guest publishes one, config:s3cret
+    fill        all its memory is touched once before it works
     drivers     it uses its drive and its vsock (tests/microvm/fc-virtio.c)
     """
 
     def __init__(self, case, name, mib=128, at=16, work=64, load=None, jail=None, machine=None, devices=None, backend="File",
-                 mailbox=False, drivers=False):
+                 mailbox=False, drivers=False, fill=False):
         self.case, self.name, self.mib = case, name, mib
         self.dir = root = case.dir / f"vm-{name}"
         self.dir.mkdir()
@@ -62,9 +63,10 @@ class Firecracker:
             copy_libraries(root)
         self.root = root
         inside = "" if jail else str(root)
-        shutil.copy(case.tool("../microvm/fc-guest"), root / "kernel")
+        shutil.copy(os.path.join(os.environ["FORKFS_BUILD"], "tests", "microvm", "fc-guest"), root / "kernel")
+        word = "mailbox" if mailbox else "devices" if drivers else f"f{mib}" if fill else "."
         (root / "log").touch()
-        config = {"boot-source": {"kernel_image_path": f"{inside}/kernel", "boot_args": f"{at} {work} {'mailbox' if mailbox else 'devices' if drivers else '.'}"},
+        config = {"boot-source": {"kernel_image_path": f"{inside}/kernel", "boot_args": f"{at} {work} {word}"},
                   "machine-config": {"vcpu_count": 1, "mem_size_mib": mib, **(machine or {})}, "drives": [], **(devices or {})}
         (root / "config").write_text(json.dumps(config))
         if jail:
