@@ -9,7 +9,7 @@ import time
 from forkfs_test import processes, rig
 from forkfs_test.api import ApiRig
 from forkfs_test.case import Skip
-from forkfs_test.firecracker import Firecracker, drive, jail_options, restore
+from forkfs_test.firecracker import Firecracker, drive, jail_options, restore, wait_pagers
 
 UID, GID, WORK = 12345, 12346, 32
 TIMEOUT = {"test_file": 180}
@@ -18,6 +18,7 @@ TIMEOUT = {"test_file": 180}
 def new_rig(case, options="", owner=None, **vm):
     """A Firecracker that has been at work for a while, a mount, attached."""
     r = ApiRig(case, Firecracker(case, "sbx1", mib=64, work=WORK, **vm), case.mount(options=options))
+    case.on_end(lambda: wait_pagers(case))
     if owner:
         r.mount.run("detach", "sbx1")
         r.mount.attach(r.guest, None, "--owner", owner)

@@ -9,7 +9,7 @@ import time
 from forkfs_test import children, microvm, processes, rig
 from forkfs_test.api import Api, ApiRig
 from forkfs_test.case import Skip
-from forkfs_test.firecracker import Firecracker, FirecrackerChild, drive, program
+from forkfs_test.firecracker import Firecracker, FirecrackerChild, drive, pagers, program, wait_pagers
 
 WORK = 64
 TIMEOUT = {"test_file": 180, "test_uffd": 180}
@@ -32,6 +32,7 @@ def new_rig(case, options="", **vm):
     """A Firecracker that has been at work for a while, a mount, attached."""
     guest = Firecracker(case, "sbx1", work=WORK, **vm)
     r = ApiRig(case, guest, case.mount(options=options))
+    case.on_end(lambda: wait_pagers(case))
     r.guest.visit_all(1)
     return r
 
@@ -295,21 +296,10 @@ time.sleep(1000)""")
         assert command.wait(20) != 0
         assert processes.wait_gone(pid, 10), processes.describe(pid)
         deadline = time.monotonic() + 20
-        while any(not p.name.startswith("pager.") for p in (case.dir / "ch").iterdir()) or "pager" in pagers(case):
+        while any(not p.name.startswith("pager.") for p in (case.dir / "ch").iterdir()) or pagers(case):
             assert time.monotonic() < deadline, (list((case.dir / "ch").iterdir()), pagers(case))
             time.sleep(0.01)
     r.guest.visit_all(1)
-
-
-def pagers(case):
-    """The command lines of pagers of this test that live."""
-    found = ""
-    for path in (case.dir / "ch").glob("pager.*/stdout"):
-        for line in path.read_text().splitlines():
-            said = json.loads(line)
-            if said["event"] == "listens" and processes.alive(said["pid"]):
-                found += " pager"
-    return found
 
 
 def test_refused(case):

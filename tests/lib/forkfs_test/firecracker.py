@@ -210,3 +210,20 @@ def jail_options(case, uid, gid):
     """For children in jails below the test's directory: the command's options, and the jailer's."""
     (case.dir / "jails").mkdir(exist_ok=True)
     return ["--jailer", program("jailer")], ["--uid", uid, "--gid", gid, "--chroot-base-dir", case.dir / "jails"]
+
+
+def pagers(case):
+    """The pids of pagers that `forkfs restore` has started in a test, and that live."""
+    found = []
+    for path in (case.dir / "ch").glob("pager.*/stdout"):
+        said = [json.loads(line) for line in path.read_text().splitlines()]
+        found += [s["pid"] for s in said if s["event"] == "listens" and processes.alive(s["pid"])]
+    return found
+
+
+def wait_pagers(case, timeout=30):
+    """When the children have ended: their pagers do so too, and let go of the mount."""
+    deadline = time.monotonic() + timeout
+    while found := pagers(case):
+        assert time.monotonic() < deadline, f"pagers live on without children: {found}"
+        time.sleep(0.01)
