@@ -13,6 +13,7 @@ from forkfs_test.api import ApiRig
 from forkfs_test.firecracker import Firecracker, drive, jail_options, restore
 
 WORK, PORT = 16, 52
+QUIET = ("--", "--level", "Off")  # a child's log would be in the middle of what its guest says
 TIMEOUT = {"test_vsock": 180, "test_drive": 180}
 
 
@@ -93,14 +94,14 @@ def test_vsock(case):
     assert json.loads((r.sandbox / "status").read_text())["resets_vsock"] is True
     version = tuple(int(n) for n in json.loads((r.sandbox / "status").read_text())["vmm_version"].split(".")[:2])
     if version >= (1, 16):
-        (child,), _ = restore(r.mount, "sbx1/b3")
+        (child,), _ = restore(r.mount, "sbx1/b3", *QUIET)
         own = Echo(case, child.dir / "vsock")
         wait("the child", child.console, "^vsock open$")
         exchanged(child.console)
         assert (lost(child.console()), own.accepted) == (1, 1), child.console()[-500:]
         child.visit_all(WORK, 1)
         ours, theirs = jail_options(case, 12345, 12346)
-        (jailed,), _ = restore(r.mount, "sbx1/none", *ours, "--", *theirs)
+        (jailed,), _ = restore(r.mount, "sbx1/none", *ours, "--", *theirs, *QUIET)
         assert jailed.said["sockets"]["vsock"] == f"{jailed.said['jail']}/vsock", jailed.said
         own = Echo(case, pathlib.Path(jailed.said["sockets"]["vsock"]))
         exchanged(jailed.console)
@@ -124,15 +125,15 @@ def test_drive(case):
         assert rig.wait_settled(branch) == "ready", (branch / "status").read_text()
         seen = len(re.findall("^disk ", console(guest), re.M))
         wait("the guest", lambda: console(guest), "^disk [0-9a-f]{16}$", seen + 2)  # pylint: disable=cell-var-from-loop
-    found, _ = restore(mount, "sbx1/b0", "-n", "2")
+    found, _ = restore(mount, "sbx1/b0", "-n", "2", *QUIET)
     ours, theirs = jail_options(case, 12345, 12346)
-    found += [restore(mount, f"sbx1/b{i}", *ours, "--", *theirs)[0][0] for i in (1, 2, 3)]
+    found += [restore(mount, f"sbx1/b{i}", *ours, "--", *theirs, *QUIET)[0][0] for i in (1, 2, 3)]
     for child in found:
         wait("the child", child.console, "^disk [0-9a-f]{16}$", 3)
         child.visit_all(WORK, 1)
     later = case.dir / "later"
     later.write_bytes((sandbox / "branches/b3/disks/root").read_bytes())
-    (wrong,), _ = restore(mount, "sbx1/b0", "--drive", f"root={later}")
+    (wrong,), _ = restore(mount, "sbx1/b0", "--drive", f"root={later}", *QUIET)
     deadline = time.monotonic() + 60
     while "DISK MISMATCH" not in wrong.console():
         assert wrong.alive() and time.monotonic() < deadline, wrong.console()[-300:]
