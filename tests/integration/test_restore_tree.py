@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import threading
 
 from forkfs_test import children, disks, rig
 from forkfs_test.api import ApiRig
@@ -52,25 +53,45 @@ def test_ten_generations(case):
         child.check_sane()
 
 
+def take_all(r, names):
+    """A branch of each at once: none is ready before all have been taken."""
+    r.mount.faults("guest-read delay:5")
+    start = threading.Barrier(len(names))
+
+    def one(name):
+        start.wait(60)
+        rig.request(r.mount / name / "ctl", branch={"name": "all"})
+
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        for done in [pool.submit(one, name) for name in names]:
+            done.result()
+    branches = [r.mount / name / "branches/all" for name in names]
+    assert {rig.state(b) for b in branches} == {"writing"}, [rig.state(b) for b in branches]
+    r.mount.faults()
+    for branch in branches:
+        assert rig.wait_settled(branch) == "ready", (branch / "status").read_text()
+
+
 def test_tree(case):
-    """Three generations of four children, all writing, all branched at once; every image is right."""
-    r = micro_rig(case)
+    """Three generations of four children each, all of them and the source writing, all branched at once; every image is right."""
+    r = micro_rig(case, case.mount(options="captures=16"))
     take(r.mount, "sbx1")
-    parents, images = ["sbx1"], ["sbx1/b"]
+    parents, found = ["sbx1"] * 4, []
     for g in range(3):
-        found = []
         for i in range(4):
-            (child,), _ = children.run_micro(r.mount, f"{parents[i % len(parents)]}/b", "--attach", f"g{g}-{i}")
-            found.append(child)
+            found += children.run_micro(r.mount, f"{parents[i]}/b", "--attach", f"g{g}-{i}")[0]
         parents = [f"g{g}-{i}" for i in range(4)]
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            for done in [pool.submit(take, r.mount, name) for name in parents]:
-                done.result()
-        images += [f"{name}/b" for name in parents]
-        for child in found:
-            child.check_sane()
-    for image in images:
-        check_image(r.mount, image)
+        for name in parents:
+            take(r.mount, name)
+    names = ["sbx1"] + [f"g{g}-{i}" for g in range(3) for i in range(4)]
+    take_all(r, names)
+    for child in found:
+        child.check_sane()
+        child.stop()  # or they would take the CPUs of those who judge
+    for name in names:
+        check_image(r.mount, f"{name}/all")
+    check_image(r.mount, "sbx1/b")
+    r.guest.check_sane()
 
 
 def test_qemu_child_is_branched(case):
