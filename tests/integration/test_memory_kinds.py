@@ -1,16 +1,14 @@
 """Branches of a guest under load are right whatever its memory is made of and whatever the host does with it, and go on."""
 
-import ctypes
 import errno
 import fcntl
 import os
 import pathlib
-import subprocess
 import tempfile
 import time
 
 from forkfs_test import case as kit
-from forkfs_test import rig, truth
+from forkfs_test import paging, rig, truth
 from forkfs_test.guest import MIB as BYTES
 
 RUN = ["counter", "load,mib=64,seq=1,random=1"]
@@ -149,57 +147,18 @@ def test_not_dumpable(case):
 
 # ---- memory that is taken away from the VMM
 
-libc = ctypes.CDLL(None, use_errno=True)
-SYS_PROCESS_MADVISE, MADV_PAGEOUT = 440, 21
-
-
-def page_out(guest, offset, size):
-    """Page a part of a guest's memory out, as a host without memory does."""
-    start = guest.hva() + offset
-    pidfd = os.pidfd_open(guest.pid)
-    try:
-        for at in range(start, start + size, 2 * BYTES):  # a call holds the mmap lock of the VMM, and who serves its faults waits for that
-            where = (ctypes.c_size_t * 2)(at, 2 * BYTES)
-            if libc.syscall(SYS_PROCESS_MADVISE, pidfd, where, ctypes.c_size_t(1), MADV_PAGEOUT, 0) < 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "MADV_PAGEOUT")
-    finally:
-        os.close(pidfd)
-
-
-def swapped_out():
-    """Pages that the host has written to swap since it started."""
-    for line in pathlib.Path("/proc/vmstat").read_text().splitlines():
-        if line.startswith("pswpout "):
-            return int(line.split()[1])
-    return 0
-
-
-def swap_on(case, mib):
-    """Swap in compressed memory for the length of the test."""
-    control = pathlib.Path("/sys/class/zram-control")
-    try:
-        number = (control / "hot_add").read_text().strip()
-    except OSError as e:
-        raise kit.Skip(f"no zram to swap to: {e.strerror}") from e
-    case.on_end(lambda: (control / "hot_remove").write_text(number))
-    pathlib.Path(f"/sys/block/zram{number}/disksize").write_text(str(mib * BYTES))
-    case.run("mkswap", f"/dev/zram{number}")
-    case.run("swapon", f"/dev/zram{number}")
-    case.on_end(lambda: subprocess.run(["swapoff", f"/dev/zram{number}"], check=True))
-
-
 def check_swapped(case, **guest):
     """As check(). Part of the memory is in swap when it is protected, and all of it again and again while it is captured."""
-    swap_on(case, 2 * MIB)
+    paging.swap_on(case, 2 * MIB)
     r = rig.Rig(case, mib=MIB, run=RUN, **guest)
-    before, part, done = swapped_out(), MIB // 4 * BYTES, 0
+    before, part, done = paging.swapped_out(), MIB // 4 * BYTES, 0
     for i in range(10):
         # the truth is read in the pause, in half a second: no more than a part may have to come from swap then
         case.run(*truth.foreign_command(case, r.guest, r.truth))
-        page_out(r.guest, i % 4 * part, part)
+        paging.page_out(r.guest.pid, r.guest.hva() + i % 4 * part, part)
         branch = r.branch_with_truth(f"b{i}", max_rate=MIB * BYTES)
         while rig.state(branch) == "writing":
-            page_out(r.guest, 0, MIB * BYTES)
+            paging.page_out(r.guest.pid, r.guest.hva(), MIB * BYTES)
             time.sleep(0.05)
         said = (branch / "status").read_text()
         if rig.state(branch) == "ready":
@@ -211,9 +170,9 @@ def check_swapped(case, **guest):
         if done == 3:
             break
     assert done >= 2, f"{done} of 10 branches came to an end"
-    page_out(r.guest, 0, MIB * BYTES)
+    paging.page_out(r.guest.pid, r.guest.hva(), MIB * BYTES)
     check_continues(r)
-    assert swapped_out() - before > part // 4096, "hardly anything was paged out"
+    assert paging.swapped_out() - before > part // 4096, "hardly anything was paged out"
 
 
 def test_swapped(case):

@@ -1,18 +1,22 @@
 """Children of `forkfs restore` in bad days: the daemon dies, the branch is not ready yet, one of them fails, somebody presses Ctrl-C."""
 
+import ctypes
 import json
+import mmap
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 
-from forkfs_test import children, processes, rig
+from forkfs_test import children, paging, processes, rig
 from forkfs_test.api import ApiRig
 from forkfs_test.microvm import MicroVm
 
 RUN = ["counter", "selfcheck,mib=32,threads=1,step=1,every=16"]
-TIMEOUT = {"test_daemon_killed": 180}
+TIMEOUT = {"test_daemon_killed": 180, "test_daemon_killed_stored": 180}
 SMALL = 16
 
 
@@ -26,17 +30,84 @@ def evict():
     pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
+def mapped(path):
+    """A file, mapped; nothing of it is read."""
+    with open(path, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+
+
+def resident(image):
+    """How many pages of a file that is mapped are in memory."""
+    found = (ctypes.c_ubyte * (len(image) // 4096))()
+    start = ctypes.addressof(ctypes.c_char.from_buffer(image))
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(image)), found) == 0
+    return sum(x & 1 for x in found)
+
+
+def pause(found):
+    """Stop them, so that what is evicted stays so until they are told to go on."""
+    for child in found:
+        child.status("pause")
+
+
+def evict_all(room, image, fd=None):
+    """Until no page of a file is in memory."""
+    deadline = time.monotonic() + 30
+    while resident(image):
+        assert time.monotonic() < deadline, f"{resident(image)} pages of the branch are in memory still"
+        room.reclaim()
+        if fd is not None:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def go_on(found):
+    """They go on, and find their memory as it was."""
+    for child in found:
+        child.status("resume")
+    for child in found:
+        child.visit_all(SMALL)
+
+
 def test_daemon_killed(case):
-    """kill -9 of the daemon with 20 children of a settled branch: all go on, also when pages were evicted."""
+    """kill -9 of the daemon with 20 children of a settled branch: all go on, also when the branch's image was evicted to swap."""
+    room = paging.Room(case)
+    paging.swap_on(case, 1024)
     r = micro_rig(case)
     assert rig.wait_settled(r.branch("b1")) == "ready"
     found, _ = children.run_micro(r.mount, "sbx1/b1", "-n", "20")
     assert len(found) == 20
+    image = mapped(r.sandbox / "branches/b1/memory.bin")
+    assert resident(image)
+    r.guest.stop()
     r.mount.kill()
     r.mount.clear_dead()
-    evict()
-    for child in found:
-        child.visit_all(SMALL)
+    pause(found)
+    evict_all(room, image)
+    go_on(found)
+
+
+def test_daemon_killed_stored(case):
+    """The same of a branch that is mapped from the store, when its file was evicted from the page cache: read again from the disk."""
+    room = paging.Room(case)
+    paging.swap_on(case, 1024)
+    base = tempfile.mkdtemp(prefix="forkfs-test-", dir="/var/tmp")
+    case.on_end(lambda: shutil.rmtree(base))
+    guest = MicroVm(case, "sbx1", mib=SMALL, kind="memfd", vcpus=1, work=2, fill=1)
+    r = ApiRig(case, guest, case.mount(options=f"store={base}/store"))
+    r.mount.run("branch", "sbx1", "b1", "--store", "dense")
+    r.mount.run("wait", "sbx1/b1")
+    found, _ = children.run_micro(r.mount, "sbx1/b1", "--as-served", "-n", "20")
+    assert len(found) == 20 and all("memfd:forkfs-children" not in c.maps() for c in found)
+    r.guest.stop()
+    r.mount.kill()
+    r.mount.clear_dead()
+    pause(found)
+    file = pathlib.Path(base) / "store/sbx1/b1/memory.bin"
+    image = mapped(file)
+    assert resident(image)
+    with open(file, "rb") as f:
+        evict_all(room, image, f.fileno())
+    go_on(found)
 
 
 def test_daemon_killed_in_flight(case):
