@@ -10,7 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 
 #include "base/cleanup.h"
 #include "base/log.h"
@@ -149,18 +148,6 @@ int ffs_durable_adopt(struct ffs_fs *fs, const char *sandbox, const char *name, 
 	return r;
 }
 
-/* A branch of the store has a descriptor or more. */
-static void raise_file_limit(void)
-{
-	struct rlimit r;
-
-	if (getrlimit(RLIMIT_NOFILE, &r) == 0 && r.rlim_cur < r.rlim_max) {
-		r.rlim_cur = r.rlim_max;
-		if (setrlimit(RLIMIT_NOFILE, &r) < 0)
-			ffs_log(FFS_LOG_INFO, "the limit of open files stays: errno %d", errno);
-	}
-}
-
 int ffs_durable_open(struct ffs_fs *fs, struct ffs_error *err)
 {
 	int r;
@@ -169,7 +156,10 @@ int ffs_durable_open(struct ffs_fs *fs, struct ffs_error *err)
 	pthread_cond_init(&fs->durable_idle, NULL);
 	if (!fs->opt.store[0])
 		return 0;
-	raise_file_limit();
+	/* a branch of the store has a descriptor or more */
+	r = ffs_raise_file_limit();
+	if (r < 0)
+		ffs_log(FFS_LOG_INFO, "the limit of open files stays: %s", strerror(-r));
 	r = ffs_store_open(fs->opt.store, &fs->store, err);
 	if (!r)
 		r = ffs_store_recover(fs->store, err);

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/util.h"
 #include "options.h"
 #include "pager/pager.h"
 #include "store/working-set.h"
@@ -159,6 +160,10 @@ int ffs_cmd_pager(const struct ffs_command *self, int argc, char **argv)
 	opt.memory = memory;
 	opt.working_set = working_set;
 	opt.socket = argv[1];
+	/* each VM has some, here and in the guard; where it fails, fewer can be served */
+	r = ffs_raise_file_limit();
+	if (r < 0)
+		fprintf(stderr, "forkfs pager: the limit of open files stays: %s\n", strerror(-r));
 	if (ffs_pager_new(&opt, &pager, &err) < 0)
 		return ffs_failure(self, &err);
 	install(with_parent ? parent : 0);

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
@@ -121,6 +122,16 @@ int ffs_read_file(const char *path, size_t max, char **out, size_t *out_len)
 	if (out_len)
 		*out_len = len;
 	return 0;
+}
+
+int ffs_raise_file_limit(void)
+{
+	struct rlimit r;
+
+	if (getrlimit(RLIMIT_NOFILE, &r) < 0)
+		return -errno;
+	r.rlim_cur = r.rlim_max;
+	return setrlimit(RLIMIT_NOFILE, &r) < 0 ? -errno : 0;
 }
 
 bool ffs_is_zero(const void *buf, size_t len)

@@ -76,6 +76,9 @@ bool ffs_proc_alive(struct ffs_proc_id id);
  * userfaultfd first. `set` is a sigset_t. */
 void ffs_signals_to_block(void *set);
 
+/* Open as many files as the host lets this process, not as few as its shell has said. 0 or -errno. */
+int ffs_raise_file_limit(void);
+
 /* A random (version 4) UUID; one as 36 characters and a NUL; a random one as that. */
 void ffs_uuid_new(uint8_t out[16]);
 void ffs_uuid_text(const uint8_t uuid[16], char out[37]);

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -34,6 +35,55 @@ def test_serves(case):
         assert " um" not in flags, "it is registered still"
         vmm.check()
     assert not pager.socket.exists()
+
+
+def test_slow_one(case):
+    """One whose page does not come, and one that is stopped, hold up nobody else; they get theirs in the end."""
+    memory, hold = image(case.dir / "memory", 24), case.dir / "hold"
+    pager = Pager(case, memory)
+    pager.faults(f"pager-read@1 hold:{hold}")
+    slow = UffdVmm(case, pager, memory)
+    slow.say("read 0 4096")
+    while not pathlib.Path(f"{hold}.held").exists():
+        assert pager.process.poll() is None
+    stopped = UffdVmm(case, pager, memory)
+    stopped.check("read 0 4096")
+    stopped.say("race 2")
+    os.kill(stopped.pid, signal.SIGSTOP)
+    others = [UffdVmm(case, pager, memory, "close") for _ in range(3)]
+    for vmm in others:
+        vmm.check()
+    assert slow.lines.queue.empty(), "its page came all the same"
+    hold.touch()
+    os.kill(stopped.pid, signal.SIGCONT)
+    for vmm in (slow, stopped):
+        assert vmm.lines.next() == "same"
+        vmm.check()
+    pager.stop()
+
+
+def test_many(case):
+    """256 VMMs of one image at once: each has its own socket's connection, and every page right."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    memory = image(case.dir / "memory", 1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))  # as a shell has it
+    pager = Pager(case, memory)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    vmms = [UffdVmm(case, pager, memory, "close") for _ in range(256)]
+    for vmm in vmms:
+        vmm.check("read 65536 4096")
+    served = [pager.event("serves")["pid"] for _ in vmms]
+    assert set(served) == {vmm.pid for vmm in vmms}
+    for vmm in vmms:
+        vmm.check("read 0 1048576")
+    # one that ends ends alone; who needs the pager still is served
+    vmms[7].process.kill()
+    assert pager.event("exited")["pid"] == vmms[7].pid
+    UffdVmm(case, pager, memory).check("read 0 1048576")
+    pager.stop()
+    for vmm in vmms[:7] + vmms[8:]:
+        assert vmm.process.poll() is None
+        vmm.process.kill()
 
 
 def test_all(case):
