@@ -528,9 +528,11 @@ int ffs_agent_link_run(const struct ffs_agent_link *l, int listener)
 	ffs_handshake_begin(&k.hs, ffs_now_ns(), l->ready_s * FFS_NS_PER_S);
 	if (getrandom(k.hello.nonce, 16, 0) != 16 || getrandom(k.hello.entropy, 32, 0) != 32)
 		ffs_handshake_fail(&k.hs, EIO, "no random numbers", NULL);
-	else if (ffs_agent_connect(l, k.hs.began_ns + k.hs.ready_ns, &k.vm, &err) < 0)
-		ffs_handshake_fail(&k.hs, err.code, err.text, NULL);
-	else {
+	else if (ffs_agent_connect(l, k.hs.began_ns + k.hs.ready_ns, &k.vm, &err) < 0) {
+		/* nobody took the connection until the deadline: that is what the edge says */
+		if (err.code != EAGAIN || ffs_handshake_check(&k.hs, ffs_now_ns(), NULL) == 0)
+			ffs_handshake_fail(&k.hs, err.code, err.text, NULL);
+	} else {
 		memcpy(k.hello.epoch, k.vm.epoch, 16);
 		edge(&k, FFS_EDGE_CONNECTED, ffs_now_ns());
 	}
