@@ -56,7 +56,7 @@ const struct ffs_command ffs_commands[] = {
 	{"pool",
 		"serve NAME/BRANCH[/FORK] --socket PATH --min N --max N [--ttl SECONDS] [--end-all] [options of restore] [-- VMM ARGS…] | "
 		"acquire --socket PATH [--mailbox NAME[:TOKEN]=JSON|@FILE]… [--ack MS | --no-ack] [--timeout SECONDS] "
-		"[--main [--env NAME=VALUE]… -- COMMAND ARGS…] | release --socket PATH ID… | status --socket PATH | "
+		"[--main [--env NAME=VALUE]… [--log FILE] -- COMMAND ARGS…] | release --socket PATH ID… | status --socket PATH | "
 		"drain --socket PATH [--end-all]",
 		"keep children of a branch ready, and hand them out", ffs_cmd_pool},
 	{"verify", "PATH…",

@@ -100,7 +100,7 @@ static int ask(const char *path, const char *what, struct json_object *body, FIL
 /* ---- command lines ---- */
 
 struct ask_args {
-	const char *socket, *timeout, *ack;
+	const char *socket, *timeout, *ack, *log;
 	struct ffs_words boxes, env;
 	bool no_ack, main, end_all, help;
 	char **command;
@@ -153,8 +153,8 @@ static int check(struct ask_args *a, unsigned *timeout_ms, struct ffs_error *err
 		r = ffs_error_set(err, EINVAL, "--ack is for the payloads of --mailbox");
 	if (!r && a->main != (a->n_words > 0))
 		r = ffs_error_set(err, EINVAL, "--main and a command after -- go together");
-	if (!r && a->env.n && !a->main)
-		r = ffs_error_set(err, EINVAL, "--env is for the command of --main");
+	if (!r && (a->env.n || a->log) && !a->main)
+		r = ffs_error_set(err, EINVAL, "%s is for the command of --main", a->log ? "--log" : "--env");
 	for (unsigned i = 0; !r && i < a->env.n; i++)
 		if (!strchr(a->env.word[i], '=') || a->env.word[i][0] == '=')
 			r = ffs_error_set(err, EINVAL, "--env is NAME=VALUE, not '%.100s'", a->env.word[i]);
@@ -183,6 +183,49 @@ static int take(FILE *in, struct json_object *child, struct ffs_error *err)
 	return got;
 }
 
+/* Files are read here: the pool may be elsewhere. */
+static int add_main(const struct ask_args *a, struct json_object *order, struct ffs_error *err)
+{
+	_cleanup_free_ char *cwd = NULL, *log = NULL;
+
+	if (!a->n_words)
+		return 0;
+	json_object_object_add(order, "main", pool_order_words(a->command, a->n_words));
+	json_object_object_add(order, "env", pool_order_words((char *const *)(uintptr_t)a->env.word, a->env.n));
+	if (!a->log)
+		return 0;
+	cwd = getcwd(NULL, 0);
+	if (!cwd)
+		return ffs_error_errno(err, errno, "the working directory");
+	if (asprintf(&log, "%s%s%s", a->log[0] == '/' ? "" : cwd, a->log[0] == '/' ? "" : "/", a->log) < 0)
+		return ffs_error_set(err, ENOMEM, "no memory for a path");
+	json_object_object_add(order, "log", json_object_new_string(log));
+	return 0;
+}
+
+static int order_child(const struct ask_args *a, unsigned timeout_ms, FILE **in, struct json_object **child, struct ffs_error *err)
+{
+	char **box = calloc(a->boxes.n + 1, sizeof(*box));
+	int got = box ? 0 : ffs_error_set(err, ENOMEM, "no memory for payloads");
+
+	for (unsigned i = 0; !got && i < a->boxes.n; i++)
+		got = ffs_fork_box(a->boxes.word[i], &box[i], err);
+	if (!got) {
+		struct json_object *order = pool_order_json(box, a->boxes.n, a->ack, a->no_ack);
+
+		json_object_object_add(order, "timeout_ms", json_object_new_int64(timeout_ms));
+		got = add_main(a, order, err);
+		if (got < 0)
+			json_object_put(order);
+		else
+			got = ask(a->socket, "acquire", order, in, child, err);
+	}
+	for (unsigned i = 0; box && i < a->boxes.n; i++)
+		free(box[i]);
+	free(box);
+	return got;
+}
+
 int pool_acquire(const struct ffs_command *self, int argc, char **argv)
 {
 	_cleanup_(free_args) struct ask_args a = {0};
@@ -193,15 +236,15 @@ int pool_acquire(const struct ffs_command *self, int argc, char **argv)
 		{"no-ack", 0, FFS_OPT_FLAG, &a.no_ack},
 		{"main", 0, FFS_OPT_FLAG, &a.main},
 		{"env", 'e', FFS_OPT_EACH, &a.env},
+		{"log", 0, FFS_OPT_VALUE, &a.log},
 		{"timeout", 0, FFS_OPT_VALUE, &a.timeout},
 		{"help", 'h', FFS_OPT_FLAG, &a.help},
 		{0},
 	};
 	_cleanup_fclose_ FILE *in = NULL;
-	struct json_object *order, *child = NULL;
+	struct json_object *child = NULL;
 	struct ffs_error err = {0};
 	unsigned timeout_ms = 0;
-	char **box = NULL;
 	int n, code = parse(self, argc, argv, opts, &a, &n), got;
 
 	if (code || a.help)
@@ -210,18 +253,7 @@ int pool_acquire(const struct ffs_command *self, int argc, char **argv)
 		return ffs_usage_error(self, "acquire takes no word '%s'", argv[0]);
 	if (check(&a, &timeout_ms, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
-	box = calloc(a.boxes.n + 1, sizeof(*box));
-	got = box ? 0 : ffs_error_set(&err, ENOMEM, "no memory for payloads");
-	for (unsigned i = 0; !got && i < a.boxes.n; i++)
-		got = ffs_fork_box(a.boxes.word[i], &box[i], &err);
-	if (!got) {
-		order = pool_order_json(box, a.boxes.n, a.ack, a.no_ack, a.command, a.n_words, &a.env);
-		json_object_object_add(order, "timeout_ms", json_object_new_int64(timeout_ms));
-		got = ask(a.socket, "acquire", order, &in, &child, &err);
-	}
-	for (unsigned i = 0; box && i < a.boxes.n; i++)
-		free(box[i]);
-	free(box);
+	got = order_child(&a, timeout_ms, &in, &child, &err);
 	if (!got)
 		got = take(in, child, &err);
 	return got < 0 ? ffs_failure(self, &err) : FFS_EXIT_OK;

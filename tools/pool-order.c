@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <json-c/json.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +27,7 @@ void pool_order_free(struct pool_order *o)
 		free(o->box[i]);
 	free(o->box);
 	free(o->main);
+	free(o->log);
 	free(o);
 }
 
@@ -66,13 +68,26 @@ static int read_boxes(struct pool_order *o, struct json_object *list, struct ffs
 	return r;
 }
 
-static int read_main(struct pool_order *o, struct json_object *words, struct json_object *env, struct ffs_error *err)
+static int read_log(struct pool_order *o, struct json_object *log, struct ffs_error *err)
+{
+	const char *path = json_object_is_type(log, json_type_string) ? json_object_get_string(log) : "";
+
+	if (path[0] != '/' || strlen(path) >= PATH_MAX || strlen(path) != (size_t)json_object_get_string_len(log))
+		return ffs_error_set(err, EINVAL, "log is no absolute path");
+	o->log = strdup(path);
+	return o->log ? 0 : ffs_error_set(err, ENOMEM, "no memory for a path");
+}
+
+static int read_main(struct pool_order *o, struct json_object *words, struct json_object *env, struct json_object *log,
+	struct ffs_error *err)
 {
 	_cleanup_free_ struct agent_exec *e = NULL;
 	int r = check_words(words, AGENT_WORDS_MAX, "main", err);
 
 	if (!r)
 		r = check_words(env, AGENT_WORDS_MAX, "env", err);
+	if (!r && words && log)
+		r = read_log(o, log, err);
 	if (r < 0 || !words)
 		return r;
 	e = calloc(1, sizeof(*e));
@@ -80,6 +95,7 @@ static int read_main(struct pool_order *o, struct json_object *words, struct jso
 	if (!e || !o->main)
 		return ffs_error_set(err, ENOMEM, "no memory for a command");
 	e->cwd = "";
+	e->flags = o->log ? AGENT_EXEC_OUTPUT : 0;
 	for (; e->argc < json_object_array_length(words); e->argc++)
 		e->argv[e->argc] = json_object_get_string(json_object_array_get_idx(words, e->argc));
 	for (; env && e->envc < json_object_array_length(env); e->envc++)
@@ -100,7 +116,7 @@ int pool_order_read(struct json_object *o, struct pool_order **out, struct ffs_e
 		return ffs_error_set(err, ENOMEM, "no memory for an order");
 	r = read_boxes(p, ffs_json_get(o, "mailboxes"), err);
 	if (!r)
-		r = read_main(p, ffs_json_get(o, "main"), ffs_json_get(o, "env"), err);
+		r = read_main(p, ffs_json_get(o, "main"), ffs_json_get(o, "env"), ffs_json_get(o, "log"), err);
 	if (!r && ack)
 		r = ffs_ack_option(ack, &p->ack_ms, err);
 	p->ack = ack;
@@ -112,7 +128,7 @@ int pool_order_read(struct json_object *o, struct pool_order **out, struct ffs_e
 	return r;
 }
 
-static struct json_object *list_of(char *const *word, unsigned n)
+struct json_object *pool_order_words(char *const *word, unsigned n)
 {
 	struct json_object *list = json_object_new_array();
 
@@ -121,19 +137,14 @@ static struct json_object *list_of(char *const *word, unsigned n)
 	return list;
 }
 
-struct json_object *pool_order_json(char *const *box, unsigned n, const char *ack, bool no_ack, char *const *main_words,
-	unsigned n_words, const struct ffs_words *env)
+struct json_object *pool_order_json(char *const *box, unsigned n, const char *ack, bool no_ack)
 {
 	struct json_object *o = json_object_new_object();
 
-	json_object_object_add(o, "mailboxes", list_of(box, n));
+	json_object_object_add(o, "mailboxes", pool_order_words(box, n));
 	if (ack)
 		json_object_object_add(o, "ack_ms", json_object_new_string(ack));
 	json_object_object_add(o, "no_ack", json_object_new_boolean(no_ack));
-	if (n_words)
-		json_object_object_add(o, "main", list_of(main_words, n_words));
-	if (n_words)
-		json_object_object_add(o, "env", list_of((char *const *)(uintptr_t)env->word, env->n));
 	return o;
 }
 
@@ -209,6 +220,8 @@ int pool_order_main(const struct ffs_child *c, const struct pool_order *o, unsig
 	if (fd < 0)
 		return fd;
 	got = ffs_agent_wait(fd, c->pidfd, NULL, err);
+	if (!got && o->log && (got = ffs_agent_send(fd, AGENT_LOG, 0, o->log, strlen(o->log))) < 0)
+		ffs_error_errno(err, -got, "the link to the guest's agent");
 	if (!got && (got = ffs_agent_send(fd, AGENT_MAIN, 1, o->main, o->main_len)) < 0)
 		ffs_error_errno(err, -got, "the link to the guest's agent");
 	return got ? got : await_main(fd, pid, err);

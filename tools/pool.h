@@ -75,6 +75,7 @@ struct pool_order {
 	unsigned ack_ms;
 	uint8_t *main; /* of a request to the agent; NULL: none */
 	size_t main_len;
+	char *log; /* where its output goes; NULL: the guest's console */
 	/* From OPEN it becomes BEGUN by who works for it: the child is not what it was; or CANCELLED by the main thread. */
 	atomic_int state;
 };
@@ -82,8 +83,8 @@ struct pool_order {
 int pool_order_read(struct json_object *o, struct pool_order **out, struct ffs_error *err);
 void pool_order_free(struct pool_order *o);
 /* The other direction, for who asks. */
-struct json_object *pool_order_json(char *const *box, unsigned n, const char *ack, bool no_ack, char *const *main_words,
-	unsigned n_words, const struct ffs_words *env);
+struct json_object *pool_order_json(char *const *box, unsigned n, const char *ack, bool no_ack);
+struct json_object *pool_order_words(char *const *word, unsigned n);
 /* Make the fork that the order asks for and read it into `view`, whose pages, epoch and acknowledgements are then its own; the
  * fork itself is gone again. */
 int pool_order_fork(struct ffs_restore *view, const struct pool_order *o, char epoch[40], struct ffs_error *err);

@@ -252,6 +252,22 @@ def test_branch_replaced(case):
     p.check_gone()
 
 
+def test_daemon_ends(case):
+    """The daemon is killed: what is idle is handed out all the same, without payloads; nothing new can be started, and the pool says so."""
+    r = guest(case)
+    p = pool.micro(r.mount, "sbx1/b1", low=1, high=3)
+    r.mount.kill()
+    r.mount.clear_dead()
+    child = p.acquire()
+    assert child.said["from"] == "pool", child.said
+    child.visit_all(MIB, 1)
+    assert p.wait(lambda s: s["state"] == "failing")["out"] == 1
+    assert "restores failed" in p.refused()
+    p.drain()
+    p.check_gone([child.pid], [child.dir])
+    r.guest.check_runs()
+
+
 def test_hostile(case):
     """Garbage, too much of it, half requests, silence and idle ends disturb nobody; an idle child or the guard that is killed is replaced."""
     r = guest(case)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 from forkfs_test import agent, pool, rig
 
@@ -46,6 +47,45 @@ def test_main(case):
     p.check_gone()
     # the source's own is still to come
     assert agent.run(case, r.guest, "true", options=["--main"]).code == 0
+
+
+def test_log(case):
+    """The main command's output goes to a file of the host, where that is asked for; the command is there once."""
+    r = guest(case)
+    p = pool.Pool(r.mount, "sbx1/b1", low=1, high=2)
+    log = case.dir / "main.log"
+    child = p.acquire("--main", "--log", log, "--", "sh", "-c", "echo one; echo two >&2; exec sleep 1000")
+    deadline = time.monotonic() + 30
+    while not log.exists() or log.read_text().count("\n") < 2:
+        assert time.monotonic() < deadline and child.alive(), log.exists() and log.read_text()
+        time.sleep(0.01)
+    said = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted((s["log"], s["stream"]) for s in said) == [("one\n", "stdout"), ("two\n", "stderr")], said
+    p.drain("--end-all")
+    p.check_gone()
+
+
+def test_ack(case):
+    """An acknowledgement is awaited where one is wanted; without it the child is ended, at once when who asked has gone or has waited long enough."""
+    r = rig.Rig(case, mib=96, run=["counter", "mailbox,config,s3cret", "mailbox,silent,tok,ack=0"])
+    for box in ("config", "silent"):
+        r.guest.console.wait(rf"^mailbox {box} ready$")
+    assert rig.wait_settled(r.branch("b1")) == "ready"
+    p = pool.Pool(r.mount, "sbx1/b1", low=1, high=3)
+    child = p.acquire("--mailbox", 'config={"task":1}', "--ack", "0")
+    assert [(a["mailbox"], a["state"]) for a in child.said["acks"]] == [("config", "applied")], child.said
+    assert child.said["times"]["acknowledged_ns"] >= child.said["times"]["running_ns"]
+    child.wait_console(r'^mailbox config took \d+ epoch \S+ flags 3: .*"task":1')
+    p.release(child)
+    assert "mailbox silent was not acknowledged within 300 ms" in p.refused("--mailbox", 'silent={"task":2}', "--ack", "300")
+    assert "not ready in time" in p.refused("--mailbox", 'silent={"task":3}', "--ack", "30000", "--timeout", "1")
+    asking = p.asking("--mailbox", 'silent={"task":4}', "--ack", "30000")
+    p.wait(lambda s: s["handing"] == 1)
+    asking.kill()
+    status = p.wait(lambda s: s["handing"] == 0 and s["idle"] == 1 and s["ending"] == 0)
+    assert status["out"] == 0 and status["hits"] == 1, status
+    p.drain()
+    p.check_gone()
 
 
 def test_healthy(case):

@@ -114,7 +114,7 @@ _forkfs() {
 		convert) options='--to --mount --help' ;;
 		inspect) options='--chunks --mount --help' ;;
 		restore) options='-n --attach --track --paused --healthy --ready-timeout --accept-torn --trust --as-served --show --vmm --jailer --conf --dir --backend --no-prefetch --drive --net --ack --no-ack --ack-address --mount --help' ;;
-		pool) options='--socket --min --max --ttl --end-all --mailbox --ack --no-ack --timeout --main --env --vmm --conf --dir --backend --drive --net --ack-address --healthy --ready-timeout --accept-torn --trust --as-served --mount --help' ;;
+		pool) options='--socket --min --max --ttl --end-all --mailbox --ack --no-ack --timeout --main --env --log --vmm --conf --dir --backend --drive --net --ack-address --healthy --ready-timeout --accept-torn --trust --as-served --mount --help' ;;
 		exec) options='--stdin --tty --env --cwd --main --log --detach --exit-file --socket --ready-timeout --mount --help' ;;
 		health) options='--socket --wait --json --mount --help' ;;
 		pager) options='--children --owner --all --no-prefetch --limit --working-set --with-parent --mount --help' ;;
