@@ -68,9 +68,12 @@ def test_decoys(case):
             start = r.guest.console.mark()
     memory, fork = branch_of(r, "b1")
 
-    # all of it is there: three places that are no page, and one page that is the guest's own
+    # all of it is there: one page that is the guest's own, one copy behind the beginning of its page, and one that begins at the end of a
+    # page; where in memory its other part is, the guest's kernel has decided
     own = at_pages(memory, marker("config", "s3cret"))
-    assert len(own) == 1 and len(places(memory, marker("config", "s3cret"))) >= 3, own
+    assert len(own) == 1, own
+    assert any(at % PAGE == 8 for at in places(memory, marker("config", "s3cret")))
+    assert any(at % PAGE == PAGE - 20 for at in places(memory, MAGIC[:20]))
     longer, shorter = at_pages(memory, marker("config", "s3cret-and-more")), at_pages(memory, marker("config", "s3"))
     assert len(longer) == len(shorter) == 1
     assert len(at_pages(memory, MAGIC + b"config\0x")) == 1
