@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <time.h>
 
 #include "out.h"
 #include "wire.h"
@@ -24,6 +25,8 @@ void watch_arm(struct watch *w, uint32_t events);
 void watch_disarm(struct watch *w);
 /* And closes the descriptor. */
 void watch_close(struct watch *w);
+
+uint64_t now_ns(clockid_t clock);
 
 /* A line on stderr: the console of a process 1. */
 void say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));

@@ -121,14 +121,6 @@ static void main_ended(const struct process *p)
 
 /* ---- output ---- */
 
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
-
 static void say_exit(struct process *p)
 {
 	uint8_t end[2] = {WIFSIGNALED(p->status) ? AGENT_SIGNALLED : AGENT_EXITED,
@@ -188,7 +180,7 @@ static void on_output(struct process *p, struct watch *w)
 		p->credit -= p->c ? (uint32_t)n : 0;
 		*rest -= p->ended ? (size_t)n : 0;
 		if (draining == p)
-			quiet_at_ns = now_ns() + QUIET_NS;
+			quiet_at_ns = now_ns(CLOCK_MONOTONIC) + QUIET_NS;
 		if (p->c)
 			tell(p, w == &p->out ? AGENT_STDOUT : AGENT_STDERR, piece, (size_t)n);
 		else
@@ -519,13 +511,13 @@ static void begin_drain(struct process *p)
 {
 	draining = p;
 	p->rest_out = p->rest_err = SIZE_MAX;
-	quiet_at_ns = now_ns() + QUIET_NS;
-	drained_at_ns = now_ns() + QUIET_MAX_NS;
+	quiet_at_ns = now_ns(CLOCK_MONOTONIC) + QUIET_NS;
+	drained_at_ns = now_ns(CLOCK_MONOTONIC) + QUIET_MAX_NS;
 }
 
 int process_due_ms(void)
 {
-	uint64_t now = now_ns(), due = quiet_at_ns < drained_at_ns ? quiet_at_ns : drained_at_ns;
+	uint64_t now = now_ns(CLOCK_MONOTONIC), due = quiet_at_ns < drained_at_ns ? quiet_at_ns : drained_at_ns;
 
 	return !draining ? -1 : due <= now ? 0 : (int)((due - now + 999999) / 1000000);
 }
@@ -537,8 +529,8 @@ void process_tick(void)
 	if (!p || process_due_ms() > 0)
 		return;
 	/* not silent: it is not taken */
-	if (now_ns() < drained_at_ns && left_in(&p->out, false) + left_in(&p->err, false)) {
-		quiet_at_ns = now_ns() + QUIET_NS;
+	if (now_ns(CLOCK_MONOTONIC) < drained_at_ns && left_in(&p->out, false) + left_in(&p->err, false)) {
+		quiet_at_ns = now_ns(CLOCK_MONOTONIC) + QUIET_NS;
 		return;
 	}
 	draining = NULL;

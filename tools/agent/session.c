@@ -17,14 +17,6 @@
 
 #define CLOCK_IS_RIGHT 10000000ll /* ns: below that it is left alone */
 
-static uint64_t now_ns(clockid_t clock)
-{
-	struct timespec t;
-
-	clock_gettime(clock, &t);
-	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
-
 static int set_clock(uint64_t wall_ns)
 {
 	struct timespec t = {(time_t)(wall_ns / 1000000000ull), (long)(wall_ns % 1000000000ull)};
