@@ -1,10 +1,11 @@
-/* The connection to a guest's agent, and whose it is (agent-link.h): a port's or a service's own socket, or the one socket
- * that Firecracker has for all of its guest's vsock ports, where a port is asked for first:
+/* The connection to a guest's agent, and whose it is (agent-link.h): a port's or a service's own socket, or
+ * the one socket that Firecracker has for all of its guest's vsock ports, where a port is asked for first:
  *
- *     CONNECT 5241\n  →   OK 1073741824\n        and from there on it is the guest's; closed: nobody listens there (yet)
+ *     CONNECT 5241\n  →   OK 1073741824\n        and from there on it is the guest's; closed: nobody listens
+ * there (yet)
  *
- * The caller's thread, which waits here for nothing but the VM: for its answer, its end, or the deadline. What is answered
- * is believed in nothing else. */
+ * The caller's thread, which waits here for nothing but the VM: for its answer, its end, or the deadline.
+ * What is answered is believed in nothing else. */
 #include <errno.h>
 #include <poll.h>
 #include <stdio.h>
@@ -39,7 +40,8 @@ static int make_epoch(struct ffs_agent_vm *vm)
 
 	if (ffs_read_file("/proc/sys/kernel/random/boot_id", 64, &boot, &len) < 0)
 		return -ENOENT;
-	snprintf(text, sizeof(text), "%.40s %d %llu", boot, (int)vm->id.pid, (unsigned long long)vm->id.start);
+	snprintf(
+		text, sizeof(text), "%.40s %d %llu", boot, (int)vm->id.pid, (unsigned long long)vm->id.start);
 	h = XXH3_128bits(text, strlen(text));
 	XXH128_canonicalFromHash(&bytes, h);
 	memcpy(vm->epoch, bytes.digest, 16);
@@ -50,7 +52,8 @@ static int make_epoch(struct ffs_agent_vm *vm)
 }
 
 /* Who listens there is the VM: its end ends the wait for it. */
-static int dial(const struct ffs_agent_link *l, const char *path, uint64_t deadline_ns, struct ffs_agent_vm *vm, struct ffs_error *err)
+static int dial(const struct ffs_agent_link *l, const char *path, uint64_t deadline_ns,
+	struct ffs_agent_vm *vm, struct ffs_error *err)
 {
 	struct ucred peer = {0};
 	socklen_t len = sizeof(peer);
@@ -61,8 +64,8 @@ static int dial(const struct ffs_agent_link *l, const char *path, uint64_t deadl
 	if (getsockopt(vm->fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.pid <= 0)
 		return ffs_error_set(err, ESRCH, "%s: who listens there can't be seen", path);
 	if (l->pid && peer.pid != l->pid)
-		return ffs_error_set(
-			err, EPERM, "%s belongs to process %d and not to the VM, which is %d", path, (int)peer.pid, (int)l->pid);
+		return ffs_error_set(err, EPERM, "%s belongs to process %d and not to the VM, which is %d",
+			path, (int)peer.pid, (int)l->pid);
 	if (vm->pidfd >= 0)
 		return vm->id.pid == peer.pid ? 0 : ffs_error_set(err, ESRCH, "the VM has ended");
 	vm->id.pid = peer.pid;
@@ -84,7 +87,8 @@ static int wait_for(int fd, const struct ffs_agent_vm *vm, uint64_t deadline_ns)
 	return p[1].revents && !p[0].revents ? -ESRCH : 0;
 }
 
-/* One byte at a time: what follows the newline is the agent's. 0; -EAGAIN: the guest has nobody there; -errno. */
+/* One byte at a time: what follows the newline is the agent's. 0; -EAGAIN: the guest has nobody there;
+ * -errno. */
 static int read_answer(const struct ffs_agent_vm *vm, uint64_t deadline_ns, char answer[40])
 {
 	size_t len = 0;
@@ -128,7 +132,8 @@ static void printable(char *text)
 }
 
 /* -EAGAIN: later, perhaps. */
-static int ask_for_port(const struct ffs_agent_vm *vm, const char *path, uint64_t deadline_ns, struct ffs_error *err)
+static int ask_for_port(
+	const struct ffs_agent_vm *vm, const char *path, uint64_t deadline_ns, struct ffs_error *err)
 {
 	char text[24], answer[40] = "";
 	int n = snprintf(text, sizeof(text), "CONNECT %u\n", AGENT_VSOCK_PORT), r;
@@ -140,13 +145,15 @@ static int ask_for_port(const struct ffs_agent_vm *vm, const char *path, uint64_
 		return 0;
 	printable(answer);
 	if (r == 0 || r == -EPROTO)
-		return ffs_error_set(err, EPROTO, "%s is no vsock of a Firecracker, it answers '%s'", path, answer);
+		return ffs_error_set(
+			err, EPROTO, "%s is no vsock of a Firecracker, it answers '%s'", path, answer);
 	if (r == -ETIMEDOUT && answer[0])
 		return ffs_error_set(err, ETIMEDOUT, "%s has answered half of a line, '%s'", path, answer);
 	return r;
 }
 
-static int ask_until(const struct ffs_agent_link *l, const char *path, uint64_t deadline_ns, struct ffs_agent_vm *vm, struct ffs_error *err)
+static int ask_until(const struct ffs_agent_link *l, const char *path, uint64_t deadline_ns,
+	struct ffs_agent_vm *vm, struct ffs_error *err)
 {
 	for (;;) {
 		uint64_t again = ffs_now_ns() + AGAIN_NS;
@@ -163,12 +170,15 @@ static int ask_until(const struct ffs_agent_link *l, const char *path, uint64_t 
 		if (r == -ESRCH)
 			return ffs_error_set(err, ESRCH, "the VM ended before its agent was ready");
 		if (r == -ETIMEDOUT && !err->code)
-			return ffs_error_set(err, ETIMEDOUT, "no agent listens in the guest (vsock port %u, by %s)", AGENT_VSOCK_PORT, path);
+			return ffs_error_set(err, ETIMEDOUT,
+				"no agent listens in the guest (vsock port %u, by %s)", AGENT_VSOCK_PORT,
+				path);
 		return r < 0 && !err->code ? ffs_error_errno(err, -r, "%s", path) : r;
 	}
 }
 
-int ffs_agent_connect(const struct ffs_agent_link *l, uint64_t deadline_ns, struct ffs_agent_vm *vm, struct ffs_error *err)
+int ffs_agent_connect(
+	const struct ffs_agent_link *l, uint64_t deadline_ns, struct ffs_agent_vm *vm, struct ffs_error *err)
 {
 	const char *path = ffs_agent_path(l->socket);
 	int r;

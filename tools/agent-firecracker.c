@@ -1,4 +1,5 @@
-/* Where a Firecracker has its guest's vsock: its API says so, and its command line where that is (agent-link.h).
+/* Where a Firecracker has its guest's vsock: its API says so, and its command line where that is
+ * (agent-link.h).
  *
  * The caller's thread; an answer is waited for no longer than API_NS. */
 #include <errno.h>
@@ -53,7 +54,8 @@ static int name_here(pid_t pid, const char *name, char out[PATH_MAX])
 	if (name[0] == '/' && is_here(pid))
 		n = snprintf(out, PATH_MAX, "%s", name);
 	else
-		n = snprintf(out, PATH_MAX, "/proc/%d/%s%s%s", (int)pid, name[0] == '/' ? "root" : "cwd", name[0] == '/' ? "" : "/", name);
+		n = snprintf(out, PATH_MAX, "/proc/%d/%s%s%s", (int)pid, name[0] == '/' ? "root" : "cwd",
+			name[0] == '/' ? "" : "/", name);
 	return n < PATH_MAX ? 0 : -ENAMETOOLONG;
 }
 
@@ -85,13 +87,16 @@ int ffs_agent_find_firecracker(pid_t pid, const char *api, char **out, struct ff
 	const char *uds;
 	int r = name_here(pid, api, path);
 
-	r = r < 0 ? ffs_error_errno(err, -r, "the API socket of process %d", (int)pid) : get_config(path, &config, err);
+	r = r < 0 ? ffs_error_errno(err, -r, "the API socket of process %d", (int)pid)
+		  : get_config(path, &config, err);
 	if (r < 0)
 		return r;
 	vsock = ffs_json_get(config, "vsock");
 	uds = vsock ? ffs_json_string(vsock, "uds_path") : "";
 	if (!*uds)
-		r = ffs_error_set(err, ENOENT, "the VM has no vsock, on which its agent would listen (PUT /vsock, before it starts)");
+		r = ffs_error_set(err, ENOENT,
+			"the VM has no vsock, on which its agent would listen (PUT /vsock, before it "
+			"starts)");
 	else if (name_here(pid, uds, path) < 0 || asprintf(out, "vsock:%s", path) < 0)
 		r = ffs_error_set(err, ENOMEM, "no memory for a path");
 	json_object_put(config);

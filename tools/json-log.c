@@ -1,7 +1,8 @@
 /* Owns the files of a log (json-log.h).
  *
- * A file is locked by who writes it (flock), has whole lines only, and never more bytes than it may. PATH is there all the
- * time: the next one is made beside it and takes its name. One thread a log; writes may wait for the disk. */
+ * A file is locked by who writes it (flock), has whole lines only, and never more bytes than it may. PATH is
+ * there all the time: the next one is made beside it and takes its name. One thread a log; writes may wait
+ * for the disk. */
 #include "json-log.h"
 
 #include <errno.h>
@@ -19,7 +20,7 @@
 
 #define RECORD_MAX (6u * FFS_JSON_LOG_LINE + 128u) /* all of it \u00XX */
 #define LOSS_MAX 300u
-#define BATCH 65536u                               /* records that go into one write */
+#define BATCH 65536u /* records that go into one write */
 
 struct line {
 	uint8_t text[FFS_JSON_LOG_LINE];
@@ -48,7 +49,8 @@ struct ffs_json_log {
 /* A new or an old one, locked; -errno. */
 static int open_file(const char *path, int flags)
 {
-	_cleanup_close_ int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | flags, 0600);
+	_cleanup_close_ int fd =
+		open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | flags, 0600);
 	struct stat st;
 
 	if (fd < 0)
@@ -117,7 +119,8 @@ static void finish_rotation(const struct ffs_json_log *l, const struct stat *now
 		unlink(name);
 }
 
-int ffs_json_log_open(const char *path, uint64_t bytes, unsigned files, struct ffs_json_log **out, struct ffs_error *err)
+int ffs_json_log_open(
+	const char *path, uint64_t bytes, unsigned files, struct ffs_json_log **out, struct ffs_error *err)
 {
 	struct ffs_json_log *l = calloc(1, sizeof(*l));
 	struct stat st;
@@ -133,8 +136,10 @@ int ffs_json_log_open(const char *path, uint64_t bytes, unsigned files, struct f
 		ffs_close_fd(&l->fd);
 		free(l->path);
 		free(l);
-		return r == -EBUSY    ? ffs_error_set(err, EBUSY, "%.300s is the log of another main command", path)
-		       : r == -EINVAL ? ffs_error_set(err, EINVAL, "%.300s is no regular file: a log is rotated", path)
+		return r == -EBUSY
+			       ? ffs_error_set(err, EBUSY, "%.300s is the log of another main command", path)
+		       : r == -EINVAL ? ffs_error_set(err, EINVAL,
+						"%.300s is no regular file: a log is rotated", path)
 				      : ffs_error_errno(err, -r, "%.300s, the log", path);
 	}
 	l->size = (uint64_t)st.st_size;
@@ -147,12 +152,16 @@ int ffs_json_log_open(const char *path, uint64_t bytes, unsigned files, struct f
 
 /* ---- records ---- */
 
-/* Bytes of the character at `p`, 0 when it is none (RFC 3629: no surrogates, nothing longer than it need be); *cut: it
- * may be one, but `len` ends in it. */
+/* Bytes of the character at `p`, 0 when it is none (RFC 3629: no surrogates, nothing longer than it need be);
+ * *cut: it may be one, but `len` ends in it. */
 static size_t character(const uint8_t *p, size_t len, bool *cut)
 {
 	static const uint8_t lowest[] = {0x80, 0xa0, 0x90}, highest[] = {0xbf, 0x9f, 0x8f};
-	size_t want = p[0] < 0x80 ? 1 : p[0] >= 0xc2 && p[0] < 0xe0 ? 2 : (p[0] & 0xf0) == 0xe0 ? 3 : p[0] >= 0xf0 && p[0] < 0xf5 ? 4 : 0;
+	size_t want = p[0] < 0x80                   ? 1
+		      : p[0] >= 0xc2 && p[0] < 0xe0 ? 2
+		      : (p[0] & 0xf0) == 0xe0       ? 3
+		      : p[0] >= 0xf0 && p[0] < 0xf5 ? 4
+						    : 0;
 	uint8_t low = p[0] == 0xe0 ? lowest[1] : p[0] == 0xf0 ? lowest[2] : lowest[0];
 	uint8_t high = p[0] == 0xed ? highest[1] : p[0] == 0xf4 ? highest[2] : highest[0];
 
@@ -207,7 +216,8 @@ static void add_record(struct ffs_json_log *l, bool is_stderr, const uint8_t *te
 {
 	add(l, "{\"log\":\"", 8);
 	add_text(l, text, len);
-	add(l, is_stderr ? "\",\"stream\":\"stderr\",\"time\":\"" : "\",\"stream\":\"stdout\",\"time\":\"", 28);
+	add(l, is_stderr ? "\",\"stream\":\"stderr\",\"time\":\"" : "\",\"stream\":\"stdout\",\"time\":\"",
+		28);
 	add(l, l->time, strlen(l->time));
 	add(l, "\"}\n", 3);
 }
@@ -240,13 +250,15 @@ static int tell_loss(struct ffs_json_log *l)
 	int n;
 
 	n = snprintf(text, sizeof(text),
-		"{\"log\":\"forkfs: %llu lines (%llu bytes) are missing here: %s\\n\",\"stream\":\"stderr\",\"time\":\"%s\"}\n",
-		(unsigned long long)l->untold.lines, (unsigned long long)l->untold.bytes, strerror(l->untold.why), l->time);
+		"{\"log\":\"forkfs: %llu lines (%llu bytes) are missing here: "
+		"%s\\n\",\"stream\":\"stderr\",\"time\":\"%s\"}\n",
+		(unsigned long long)l->untold.lines, (unsigned long long)l->untold.bytes,
+		strerror(l->untold.why), l->time);
 	return write_whole(l, text, (size_t)n);
 }
 
-/* What is in `out`, and before it what was lost: both, or nothing, or else a full disk would fill up with the lines that say
- * so. */
+/* What is in `out`, and before it what was lost: both, or nothing, or else a full disk would fill up with the
+ * lines that say so. */
 static int write_out(struct ffs_json_log *l)
 {
 	size_t len = l->out_len + (l->untold.lines ? LOSS_MAX : 0);
@@ -331,7 +343,8 @@ void ffs_json_log_put(struct ffs_json_log *l, bool is_stderr, const void *bytes,
 
 	set_time(l, wall_ns);
 	while (p < end) {
-		size_t room = sizeof(line->text) - line->len, left = (size_t)(end - p), most = left < room ? left : room;
+		size_t room = sizeof(line->text) - line->len, left = (size_t)(end - p),
+		       most = left < room ? left : room;
 		const uint8_t *newline = memchr(p, '\n', most);
 		size_t n = newline ? (size_t)(newline - p) + 1 : most;
 

@@ -1,4 +1,5 @@
-/* Logs in files of JSON lines: what a line looks like, rotation and its bounds, a disk that is full (tools/json-log.h). */
+/* Logs in files of JSON lines: what a line looks like, rotation and its bounds, a disk that is full
+ * (tools/json-log.h). */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -82,7 +83,8 @@ static void put(struct ffs_json_log *l, const char *text)
 
 static void test_lines(void **s)
 {
-	static const char bytes[] = "a\"b\\c\t\x1b\x7f\0d \xc3\xa4 \xff \xc3( \xed\xa0\x80 \xf0\x9f\x98\x80\n";
+	static const char bytes[] =
+		"a\"b\\c\t\x1b\x7f\0d \xc3\xa4 \xff \xc3( \xed\xa0\x80 \xf0\x9f\x98\x80\n";
 	struct ffs_json_log *l = begin(1 << 20);
 
 	put(l, "one\ntw");
@@ -93,12 +95,14 @@ static void test_lines(void **s)
 	end(l, AT + 2, NULL);
 	_cleanup_free_ char *text = content("");
 
-	assert_string_equal(text, "{\"log\":\"one\\n\",\"stream\":\"stdout\",\"time\":\"" TIME "\"}\n"
-				  "{\"log\":\"error\\n\",\"stream\":\"stderr\",\"time\":\"2026-09-21T14:13:20.000000008Z\"}\n"
-				  "{\"log\":\"two\\n\",\"stream\":\"stdout\",\"time\":\"" TIME "\"}\n"
-				  "{\"log\":\"lefta\\\"b\\\\c\\u0009\\u001b\\u007f\\u0000d \xc3\xa4 \xef\xbf\xbd \xef\xbf\xbd( "
-				  "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd \xf0\x9f\x98\x80\\n\",\"stream\":\"stdout\",\"time\":\"" TIME "\"}\n"
-				  "{\"log\":\"the last\",\"stream\":\"stdout\",\"time\":\"2026-09-21T14:13:20.000000009Z\"}\n");
+	assert_string_equal(text,
+		"{\"log\":\"one\\n\",\"stream\":\"stdout\",\"time\":\"" TIME "\"}\n"
+		"{\"log\":\"error\\n\",\"stream\":\"stderr\",\"time\":\"2026-09-21T14:13:20.000000008Z\"}\n"
+		"{\"log\":\"two\\n\",\"stream\":\"stdout\",\"time\":\"" TIME "\"}\n"
+		"{\"log\":\"lefta\\\"b\\\\c\\u0009\\u001b\\u007f\\u0000d \xc3\xa4 \xef\xbf\xbd \xef\xbf\xbd( "
+		"\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd "
+		"\xf0\x9f\x98\x80\\n\",\"stream\":\"stdout\",\"time\":\"" TIME "\"}\n"
+		"{\"log\":\"the last\",\"stream\":\"stdout\",\"time\":\"2026-09-21T14:13:20.000000009Z\"}\n");
 }
 
 /* A line of any length, cut where no character is; and the same bytes when they come one at a time. */
@@ -169,7 +173,8 @@ static void test_rotation(void **s)
 
 		assert_non_null(text);
 		assert_true(size_of(suffix[i]) > 2048 && size_of(suffix[i]) <= 4096);
-		for (char *save = NULL, *one = strtok_r(text, "\n", &save); one; one = strtok_r(NULL, "\n", &save)) {
+		for (char *save = NULL, *one = strtok_r(text, "\n", &save); one;
+			one = strtok_r(NULL, "\n", &save)) {
 			unsigned number;
 
 			assert_int_equal(sscanf(one, "{\"log\":\"line %u", &number), 1);
@@ -224,8 +229,8 @@ static void test_full(void **s)
 	_cleanup_free_ char *text = content("");
 
 	assert_string_equal(text, "{\"log\":\"before\\n\",\"stream\":\"stdout\",\"time\":\"" TIME "\"}\n"
-				  "{\"log\":\"forkfs: 3 lines (9 bytes) are missing here: File too large\\n\",\"stream\":\"stderr\",\"time\":\"" TIME
-				  "\"}\n"
+				  "{\"log\":\"forkfs: 3 lines (9 bytes) are missing here: File too "
+				  "large\\n\",\"stream\":\"stderr\",\"time\":\"" TIME "\"}\n"
 				  "{\"log\":\"after\\n\",\"stream\":\"stdout\",\"time\":\"" TIME "\"}\n");
 }
 

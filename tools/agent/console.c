@@ -1,7 +1,7 @@
 /* What a main command says that no host takes: on the agent's own stderr, the console of a process 1.
  *
- * Through a description of its own, which does not block: a console that stands holds up the main command, and nothing
- * else. Owns the piece that waits for room. One thread. */
+ * Through a description of its own, which does not block: a console that stands holds up the main command,
+ * and nothing else. Owns the piece that waits for room. One thread. */
 #include "agent.h"
 
 #include <errno.h>

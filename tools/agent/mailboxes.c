@@ -1,9 +1,10 @@
-/* The mailboxes of this guest: published when it starts, looked at for payloads, and those handed to a command, which has
- * them on stdin and in its environment (docs/agent.md). What ends with 0 is acknowledged.
+/* The mailboxes of this guest: published when it starts, looked at for payloads, and those handed to a
+ * command, which has them on stdin and in its environment (docs/agent.md). What ends with 0 is acknowledged.
  *
- * A page tells nobody that it was written: a look is a load, done whenever the loop goes round, and every LOOK_MS; where the
- * VM has a generation id the kernel's log says that it was restored, and the loop goes round at once. A
- * mailbox is not looked at while its command runs; what comes meanwhile waits in the page. One thread. */
+ * A page tells nobody that it was written: a look is a load, done whenever the loop goes round, and every
+ * LOOK_MS; where the VM has a generation id the kernel's log says that it was restored, and the loop goes
+ * round at once. A mailbox is not looked at while its command runs; what comes meanwhile waits in the page.
+ * One thread. */
 #include "agent.h"
 #include "spawn.h"
 
@@ -49,7 +50,9 @@ static void publish(char *word)
 		*token++ = '\0';
 	len = strspn(word, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-");
 	if (word[len] || !len || len > 64) {
-		say("forkfs-agent: mailbox '%.80s': a name has 1 to 64 of A-Z a-z 0-9 . _ -, a token comes after a colon", word);
+		say("forkfs-agent: mailbox '%.80s': a name has 1 to 64 of A-Z a-z 0-9 . _ -, a token comes "
+		    "after a colon",
+			word);
 		return;
 	}
 	for (unsigned i = 0; i < count; i++)
@@ -96,8 +99,8 @@ int mailboxes_due_ms(void)
 
 /* ---- what a payload says ---- */
 
-/* The member "ack_port" of a JSON object; 0: there is none. The host has checked that it is an object; a string that is
- * followed by a colon is a key. */
+/* The member "ack_port" of a JSON object; 0: there is none. The host has checked that it is an object; a
+ * string that is followed by a colon is a key. */
 static unsigned ack_port(const char *text)
 {
 	static const char key[] = "\"ack_port\"";
@@ -117,7 +120,8 @@ static unsigned ack_port(const char *text)
 				p++;
 		if (!*p)
 			return 0;
-		if (depth == 1 && (size_t)(p + 1 - begin) == sizeof(key) - 1 && !memcmp(begin, key, sizeof(key) - 1)) {
+		if (depth == 1 && (size_t)(p + 1 - begin) == sizeof(key) - 1 &&
+			!memcmp(begin, key, sizeof(key) - 1)) {
 			const char *value = p + 1 + strspn(p + 1, " \t\r\n");
 			unsigned long port = *value == ':' ? strtoul(value + 1, NULL, 10) : 0;
 
@@ -140,7 +144,8 @@ static bool gateway(struct in_addr *out)
 	while (routes && !found && fgets(line, sizeof(line), routes)) {
 		unsigned long destination, address, flags;
 
-		found = sscanf(line, "%*s %lx %lx %lx", &destination, &address, &flags) == 3 && !destination && flags & 2;
+		found = sscanf(line, "%*s %lx %lx %lx", &destination, &address, &flags) == 3 &&
+			!destination && flags & 2;
 		if (found)
 			out->s_addr = (in_addr_t)address;
 	}
@@ -156,7 +161,8 @@ static void send_text(const struct box *b)
 	size_t len = guest_mailbox_ack_text(&b->m, b->epoch, text);
 	int fd;
 
-	if (options.ack_address ? inet_pton(AF_INET, options.ack_address, &to.sin_addr) != 1 : !gateway(&to.sin_addr))
+	if (options.ack_address ? inet_pton(AF_INET, options.ack_address, &to.sin_addr) != 1
+				: !gateway(&to.sin_addr))
 		return; /* no network: the page has it */
 	fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd < 0 || sendto(fd, text, len, 0, (struct sockaddr *)&to, sizeof(to)) < 0)
@@ -199,8 +205,8 @@ static void hand_over(struct box *b, const char *payload, size_t len)
 	snprintf(text, sizeof(text), "FORKFS_PAYLOAD=%s", payload);
 	r = snprintf(epoch, sizeof(epoch), "FORKFS_EPOCH=");
 	for (unsigned i = 0; i < 16; i++)
-		r += snprintf(epoch + r, sizeof(epoch) - (size_t)r, "%s%02x", i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "",
-			b->epoch[i]);
+		r += snprintf(epoch + r, sizeof(epoch) - (size_t)r, "%s%02x",
+			i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", b->epoch[i]);
 	e = (struct agent_exec){.cwd = "", .env = {name, text, epoch}, .envc = 3};
 	/* a guest need not have a shell: it is asked only for what is more than the name of a program */
 	if (options.on_mailbox[strcspn(options.on_mailbox, " \t\n|&;<>()$`\\\"'*?[#~=%")]) {
@@ -212,7 +218,8 @@ static void hand_over(struct box *b, const char *payload, size_t len)
 	if (input >= 0)
 		close(input);
 	if (r < 0) {
-		say("forkfs-agent: mailbox %s: %s cannot be started: %s", b->name, options.on_mailbox, strerror(-r));
+		say("forkfs-agent: mailbox %s: %s cannot be started: %s", b->name, options.on_mailbox,
+			strerror(-r));
 		return;
 	}
 	b->pid = s.pid;
