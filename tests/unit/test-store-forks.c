@@ -63,6 +63,7 @@ static void test_round(void **state)
 		assert_memory_equal(&back.box[0].frame.id, &r.box[0].frame.id, sizeof(r.box[0].frame.id));
 		assert_memory_equal(back.box[0].page, r.box[0].page, FFS_MAILBOX_PAGE);
 		assert_true(back.made_ns == r.made_ns && back.ack_port == r.ack_port);
+		ffs_fork_record_clear(&back);
 		assert_int_equal(ffs_fork_record_parse(text, len, "c2", BRANCH, &back, &err), -EBADMSG);
 		assert_non_null(strstr(err.text, "another fork's"));
 		assert_int_equal(ffs_fork_record_parse(text, len, "c1", "11111111-2222-4333-8444-555555555556", &back, &err), -EBADMSG);
