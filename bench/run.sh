@@ -1,7 +1,7 @@
 #!/bin/bash
 # Build forkfs as it is released and measure it side by side with the alternatives, interleaved in one run.
 #
-# Usage: bench/run.sh [pause|sizes|capture|stall|files|store|restore|fork|agent|scan|all] [--json FILE] [--csv FILE] [--branches N] [--sizes 512,1024,…] [--guest microvm|firecracker|qemu] [--quick]
+# Usage: bench/run.sh [pause|sizes|capture|stall|files|store|restore|pool|fork|agent|scan|all] [--json FILE] [--csv FILE] [--branches N] [--sizes 512,1024,…] [--guest microvm|firecracker|qemu] [--quick]
 #
 #   pause    how long the guest stands still, what the branch costs; beside a stopped snapshot, arming in the pause and QEMU's own
 #   sizes    the pause and every kind of branch by the size of the memory, 0.5 to 16 GiB, on the microVM of tests/microvm (KVM), and up to 4 GiB on a Firecracker
@@ -13,6 +13,7 @@
 #   restore  children of settled branches and of ones in flight, one and many: until they run, their memory; beside files on tmpfs
 #   fork     forks: until the guest has its payload, until it has acknowledged, a hundred with payloads of their own; the search for mailboxes in 4 GiB
 #   agent    children until the agent in their guest is healthy and a first command has run, by phase; ten commands side by side; a cold boot
+#   pool     a child from a warm pool, idle or restored for who asks, beside forkfs restore; what an idle one takes
 #   scan     the look for other writers of guest memory before each branch, with 2,000 processes: by the kernel, and in /proc
 #   --branches N   live branches of each kind (default 12); --sizes: guest memory in MiB, one guest at a time (each has its own default)
 #   --guest      of sizes: this VMM alone

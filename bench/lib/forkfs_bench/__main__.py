@@ -6,11 +6,11 @@ import sys
 
 from forkfs_test import probe
 
-from . import agent, capture, files, fork, machine, pause, restore, scan, sizes, stall, store
+from . import agent, capture, files, fork, machine, pause, pool, restore, scan, sizes, stall, store
 from .record import Record
 
 BENCHES = {"pause": pause, "sizes": sizes, "capture": capture, "stall": stall, "files": files, "store": store,
-           "restore": restore, "fork": fork, "scan": scan, "agent": agent}
+           "restore": restore, "pool": pool, "fork": fork, "scan": scan, "agent": agent}
 
 
 def mib_list(text):
