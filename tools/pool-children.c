@@ -11,6 +11,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/cleanup.h"
 #include "base/util.h"
 #include "cli.h"
 #include "pool.h"
@@ -67,6 +68,7 @@ void pool_begin_child(struct pool *p, unsigned at)
 	*c = (struct pool_child){0};
 	ffs_child_init(&c->vm, at + 1);
 	if (ffs_child_make_dir(&c->vm, ffs_restore_dir(p->how), p->target->branch, &err) < 0) {
+		ffs_print_failure(p->self, &err);
 		ffs_child_release(&c->vm);
 		ffs_pool_start_failed(&p->book, at, &err, ffs_now_ns());
 		return;
@@ -114,6 +116,9 @@ static void started(struct pool *p, struct pool_job *j)
 		return;
 	}
 	unguard(p, c);
+	/* a failure without a reason is one too, or it would be tried again at once, for ever */
+	if (!j->err.code)
+		ffs_error_errno(&j->err, -j->result, "the VM was not started");
 	if (p->closed)
 		j->err.code = 0; /* we ended it */
 	else
@@ -233,6 +238,7 @@ static void keep_ended(struct pool *p, unsigned at)
 		memmove(p->ended, p->ended + 1, --p->n_ended * sizeof(*p->ended));
 	}
 	p->ended[p->n_ended++] = (struct pool_ended){p->book.place[at].id, c->vm};
+	ffs_close_fd(&p->ended[p->n_ended - 1].vm.pidfd);
 	pool_template_put(c->of);
 	*c = (struct pool_child){0};
 	p->book.died++;

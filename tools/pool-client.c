@@ -27,8 +27,9 @@ void pool_client_accept(struct pool *p)
 	int fd = accept4(p->name.listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
 	if (fd < 0) {
-		/* it would be asked again at once */
-		p->accept_off = (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) && p->n_clients;
+		/* they still wait there, and poll(2) would say so at once */
+		if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
+			p->accept_ns = ffs_now_ns() + POOL_FULL_NS;
 		return;
 	}
 	c = calloc(1, sizeof(*c));
@@ -51,7 +52,6 @@ void pool_client_free(struct pool_client *c)
 	while (p->client[i] != c)
 		i++;
 	p->client[i] = p->client[--p->n_clients];
-	p->accept_off = false;
 	ffs_close_fd(&c->fd);
 	pool_order_free(c->order);
 	free(c->in);

@@ -74,8 +74,6 @@ int pool_guard_start(struct pool_guard *g, struct ffs_error *err)
 	if (!r)
 		r = posix_spawn_file_actions_addclosefrom_np(&fa, FD + 1);
 	if (!r)
-		r = posix_spawn_file_actions_addchdir_np(&fa, "/");
-	if (!r)
 		r = posix_spawn(&g->pid, "/proc/self/exe", &fa, &attr, argv, environ);
 	posix_spawnattr_destroy(&attr);
 	posix_spawn_file_actions_destroy(&fa);

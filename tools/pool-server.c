@@ -143,8 +143,10 @@ static void finish(struct pool *p)
 
 static uint64_t next_due(const struct pool *p)
 {
-	uint64_t due = ffs_pool_due(&p->book, ffs_now_ns());
+	uint64_t now = ffs_now_ns(), due = ffs_pool_due(&p->book, now);
 
+	if (p->accept_ns > now && p->accept_ns < due)
+		due = p->accept_ns;
 	for (unsigned i = 0; i < p->n_clients; i++)
 		if (pool_client_due(p->client[i]) < due)
 			due = pool_client_due(p->client[i]);
@@ -176,7 +178,7 @@ static void wait_and_look(struct pool *p, struct pollfd *fd)
 	fd[0] = (struct pollfd){.fd = p->signals, .events = POLLIN};
 	fd[1] = (struct pollfd){.fd = p->wake, .events = POLLIN};
 	fd[2] = (struct pollfd){.fd = p->guard.pidfd, .events = POLLIN};
-	fd[3] = (struct pollfd){.fd = n < POOL_CLIENTS && !p->accept_off ? p->name.listener : -1, .events = POLLIN};
+	fd[3] = (struct pollfd){.fd = n < POOL_CLIENTS && ffs_now_ns() >= p->accept_ns ? p->name.listener : -1, .events = POLLIN};
 	for (unsigned i = 0; i < p->book.max; i++)
 		fd[4 + i] = (struct pollfd){.fd = is_watched(p, i) ? p->child[i].vm.pidfd : -1, .events = POLLIN};
 	for (unsigned i = 0; i < n; i++) {

@@ -104,8 +104,8 @@ static int start(struct pool_job *j)
 		if (!got)
 			got = ffs_restore_await(&view, &c->vm, &j->err);
 		c->runs = true;
-		ffs_restore_hooks_close(&view, &c->vm);
 	}
+	ffs_restore_hooks_close(&view, &c->vm);
 	if (got < 0)
 		atomic_store(&c->of->bad, true);
 	return got;

@@ -34,6 +34,7 @@ struct pool_client;
 #define POOL_STARTS 32u   /* at the same time, at most */
 #define POOL_TALK_NS 10000000000ull  /* how long a client may take to say its request, or to take an answer */
 #define POOL_WORK_NS 5000000000ull   /* for what is done to a child, also for who does not wait for one */
+#define POOL_FULL_NS 200000000ull    /* until it is looked again whether there is a descriptor */
 #define POOL_TIMEOUT_MAX_MS 86400000u
 
 /* ---- pool-socket.c ---- */
@@ -162,7 +163,7 @@ struct pool {
 	unsigned running; /* jobs */
 	int watch[POOL_STARTS];
 	bool watch_used[POOL_STARTS];
-	bool accept_off; /* no descriptor was left; until something is closed */
+	uint64_t accept_ns; /* nobody is let in before: no descriptor was left */
 
 	pthread_mutex_t lock; /* closed, done; and the start of a process. Nothing waits with it held but that */
 	bool closed;
