@@ -79,7 +79,7 @@ int pool_listen(struct pool_name *n, const char *path, struct ffs_error *err)
 	if (fd < 0 || bind(fd, (const struct sockaddr *)&a, sizeof(a)) < 0)
 		return ffs_error_errno(err, errno, "%s", path);
 	if (lstat(path, &st) < 0 || chmod(path, 0600) < 0 || listen(fd, BACKLOG) < 0) {
-		r = ffs_error_errno(err, errno, "%s", path);
+		r = ffs_error_errno(err, errno, "%s", a.sun_path);
 		unlink(path);
 		return r;
 	}
