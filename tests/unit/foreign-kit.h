@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
@@ -138,6 +139,25 @@ static inline void rest(void)
 	target_ready();
 	for (;;)
 		pause();
+}
+
+/* A byte, and with it a descriptor (-1: none). */
+static inline bool send_fd(int sock, char byte, int fd)
+{
+	union {
+		char buf[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control = {
+		.align = {.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS}};
+	struct iovec v = {&byte, 1};
+	struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
+
+	memcpy(CMSG_DATA(&control.align), &fd, sizeof(fd));
+	if (fd >= 0) {
+		m.msg_control = control.buf;
+		m.msg_controllen = sizeof(control);
+	}
+	return sendmsg(sock, &m, 0) == 1;
 }
 
 static inline void map_at(void *at, int fd, int prot, int flags, off_t off)

@@ -4,7 +4,6 @@
 
 #include <fcntl.h>
 #include <sched.h>
-#include <sys/socket.h>
 
 #include "guest/foreign-count.h"
 
@@ -67,22 +66,9 @@ static int reopen(int fd, int flags)
 
 static void leave_in_socket(int fd)
 {
-	union {
-		char buf[CMSG_SPACE(sizeof(int))];
-		struct cmsghdr align;
-	} control = {.align = {.cmsg_len = CMSG_LEN(sizeof(int)),
-			     .cmsg_level = SOL_SOCKET,
-			     .cmsg_type = SCM_RIGHTS}};
-	char byte = 0;
-	struct iovec v = {&byte, 1};
-	struct msghdr m = {.msg_iov = &v,
-		.msg_iovlen = 1,
-		.msg_control = control.buf,
-		.msg_controllen = sizeof(control)};
 	int pair[2];
 
-	memcpy(CMSG_DATA(&control.align), &fd, sizeof(fd));
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0 || sendmsg(pair[0], &m, 0) != 1)
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0 || !send_fd(pair[0], 0, fd))
 		_exit(5);
 }
 

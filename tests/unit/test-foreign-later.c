@@ -4,7 +4,6 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
-#include <sys/socket.h>
 
 /* A process that sleeps until it is told to get at the memory, or to let go of it, and sleeps again. What it
  * does, another thread of it does where that is asked for. */
@@ -113,22 +112,9 @@ static void obedient(void *arg)
 
 static void tell(int what)
 {
-	union {
-		char buf[CMSG_SPACE(sizeof(int))];
-		struct cmsghdr align;
-	} control = {.align = {.cmsg_len = CMSG_LEN(sizeof(int)),
-			     .cmsg_level = SOL_SOCKET,
-			     .cmsg_type = SCM_RIGHTS}};
-	char byte = (char)what, c;
-	struct iovec v = {&byte, 1};
-	struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
+	char c;
 
-	if ((what & 15) != LET_GO) {
-		memcpy(CMSG_DATA(&control.align), &writable, sizeof(writable));
-		m.msg_control = control.buf;
-		m.msg_controllen = sizeof(control);
-	}
-	assert_int_equal(sendmsg(orders[0], &m, 0), 1);
+	assert_true(send_fd(orders[0], (char)what, (what & 15) == LET_GO ? -1 : writable));
 	assert_int_equal(read(orders[0], &c, 1), 1);
 }
 
