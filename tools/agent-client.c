@@ -6,8 +6,6 @@
 #include <fcntl.h>
 #include <json-c/json.h>
 #include <poll.h>
-#include <signal.h>
-#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +20,7 @@
 #include "base/util.h"
 #include "options.h"
 #include "restore-qemu-args.h"
+#include "spawn-self.h"
 #include "tree.h"
 
 #define COMMAND_LINE_MAX (1u << 20)
@@ -83,40 +82,19 @@ static int make_listener(const struct sockaddr_un *a, struct ffs_error *err)
 	return fd;
 }
 
-/* The process lives as long as the VM, in a session of its own; all it has of ours is the listener, as descriptor 3. */
+/* The process lives as long as the VM; all it has of ours is the listener, as descriptor 3. */
 static int start_link(const struct ffs_agent_link *l, int listener, struct ffs_error *err)
 {
 	char pid[16], ready[16];
 	char name[] = "forkfs-agent-link";
 	char *argv[] = {name, (char *)(uintptr_t)l->socket, pid, ready, NULL};
-	posix_spawn_file_actions_t fa;
-	posix_spawnattr_t attr;
-	sigset_t none, all;
 	pid_t child;
-	int r;
 
 	snprintf(pid, sizeof(pid), "%d", (int)l->pid);
 	snprintf(ready, sizeof(ready), "%u", l->ready_s);
-	sigemptyset(&none);
-	sigfillset(&all);
-	posix_spawn_file_actions_init(&fa);
-	posix_spawnattr_init(&attr);
-	r = posix_spawnattr_setsigmask(&attr, &none);
-	if (!r)
-		r = posix_spawnattr_setsigdefault(&attr, &all);
-	if (!r)
-		r = posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
-	for (int fd = 0; !r && fd < 3; fd++)
-		r = posix_spawn_file_actions_addopen(&fa, fd, "/dev/null", O_RDWR, 0);
-	if (!r)
-		r = posix_spawn_file_actions_adddup2(&fa, listener, 3);
-	if (!r)
-		r = posix_spawn_file_actions_addclosefrom_np(&fa, 4);
-	if (!r)
-		r = posix_spawn(&child, "/proc/self/exe", &fa, &attr, argv, environ);
-	posix_spawnattr_destroy(&attr);
-	posix_spawn_file_actions_destroy(&fa);
-	return r ? ffs_error_errno(err, r, "the link to the guest's agent cannot be started") : 0;
+	int r = ffs_spawn_self(argv, listener, false, &child);
+
+	return r < 0 ? ffs_error_errno(err, -r, "the link to the guest's agent cannot be started") : 0;
 }
 
 int ffs_agent_dial(const struct ffs_agent_link *l, struct ffs_error *err)
@@ -138,11 +116,6 @@ int ffs_agent_dial(const struct ffs_agent_link *l, struct ffs_error *err)
 	listener = make_listener(&a, err);
 	if (listener < 0)
 		return listener;
-	/* above 3, so that the spawn's dup2 clears the flag */
-	if (listener == 3) {
-		listener = fcntl(3, F_DUPFD_CLOEXEC, 4);
-		close(3);
-	}
 	fd = start_link(l, listener, err);
 	if (fd < 0)
 		return fd;

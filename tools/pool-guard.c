@@ -13,7 +13,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,6 +26,7 @@
 #include "base/util.h"
 #include "cli.h"
 #include "pool.h"
+#include "spawn-self.h"
 
 #define FD 3          /* of the connection, in the guard */
 #define END_MS 10000  /* for the end of a process that was killed */
@@ -45,38 +45,12 @@ int pool_guard_start(struct pool_guard *g, struct ffs_error *err)
 {
 	char name[] = "forkfs-pool-guard";
 	char *argv[] = {name, NULL};
-	posix_spawn_file_actions_t fa;
-	posix_spawnattr_t attr;
-	sigset_t none, all;
 	int pair[2], r;
 
 	*g = (struct pool_guard){.fd = -1, .pidfd = -1};
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
 		return ffs_error_errno(err, errno, "a socket for the guard of the pool");
-	/* the spawn's dup2 of a descriptor onto itself would leave it to be closed */
-	if (pair[1] == FD) {
-		pair[1] = fcntl(FD, F_DUPFD_CLOEXEC, FD + 1);
-		close(FD);
-	}
-	sigemptyset(&none);
-	sigfillset(&all);
-	posix_spawn_file_actions_init(&fa);
-	posix_spawnattr_init(&attr);
-	r = posix_spawnattr_setsigmask(&attr, &none);
-	if (!r)
-		r = posix_spawnattr_setsigdefault(&attr, &all);
-	if (!r)
-		r = posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
-	for (int fd = 0; !r && fd < 2; fd++)
-		r = posix_spawn_file_actions_addopen(&fa, fd, "/dev/null", O_RDWR, 0);
-	if (!r)
-		r = posix_spawn_file_actions_adddup2(&fa, pair[1], FD);
-	if (!r)
-		r = posix_spawn_file_actions_addclosefrom_np(&fa, FD + 1);
-	if (!r)
-		r = posix_spawn(&g->pid, "/proc/self/exe", &fa, &attr, argv, environ);
-	posix_spawnattr_destroy(&attr);
-	posix_spawn_file_actions_destroy(&fa);
+	r = -ffs_spawn_self(argv, pair[1], true, &g->pid);
 	close(pair[1]);
 	g->fd = pair[0];
 	if (r)
