@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -383,6 +384,43 @@ static void ends(void **state)
 	}
 }
 
+/* Who names a process chooses what stands before its state in /proc/PID/stat, and a number comes back with another
+ * process: neither passes for a process that has ended, or for one that lives. */
+static void names_and_numbers(void **state)
+{
+	struct ffs_proc_id p;
+	int ready[2];
+	char c;
+
+	assert_int_equal(pipe2(ready, O_CLOEXEC), 0);
+	p.pid = fork();
+	assert_true(p.pid >= 0);
+	if (!p.pid) {
+		prctl(PR_SET_NAME, "a) Z (b");
+		if (write(ready[1], "", 1) != 1)
+			_exit(1);
+		for (;;)
+			pause();
+	}
+	assert_int_equal(read(ready[0], &c, 1), 1);
+	assert_int_equal(ffs_proc_stat(p.pid, &c, &p.start), 0);
+	assert_int_not_equal(c, 'Z');
+	assert_true(ffs_proc_alive(p));
+	/* the same number, of a process that began earlier */
+	assert_false(ffs_proc_alive((struct ffs_proc_id){.pid = p.pid, .start = p.start - 1}));
+	assert_int_equal(kill(p.pid, SIGKILL), 0);
+	siginfo_t info;
+
+	assert_int_equal(waitid(P_PID, (id_t)p.pid, &info, WEXITED | WNOWAIT), 0);
+	assert_int_equal(ffs_proc_stat(p.pid, &c, NULL), 0);
+	assert_int_equal(c, 'Z');
+	assert_false(ffs_proc_alive(p));
+	assert_int_equal(waitpid(p.pid, NULL, 0), p.pid);
+	assert_false(ffs_proc_alive(p));
+	close(ready[0]);
+	close(ready[1]);
+}
+
 /* What the child has touched of a file, as the map says it: 64 KiB to a bit. */
 static void touched_of(int fd, uint64_t map[5], int expected)
 {
@@ -441,6 +479,7 @@ int main(void)
 		cmocka_unit_test(markers),
 		cmocka_unit_test_setup_teardown(changes, setup, teardown),
 		cmocka_unit_test(ends),
+		cmocka_unit_test(names_and_numbers),
 		cmocka_unit_test_setup_teardown(touched, setup, teardown),
 	};
 
