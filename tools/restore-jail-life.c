@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <mntent.h>
+#include <poll.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,6 +21,8 @@
 
 #include "base/cleanup.h"
 #include "base/util.h"
+
+#define LEAVE_NS (2 * FFS_NS_PER_S)
 
 /* ---- its process ---- */
 
@@ -216,6 +219,19 @@ static void end_all(const struct stat *root)
 		closedir(proc);
 }
 
+/* A process that has ended is in its group for a moment longer, and of the end of that nobody is told. */
+static int remove_cgroup(const char *path)
+{
+	uint64_t deadline = ffs_now_ns() + LEAVE_NS;
+
+	while (rmdir(path) < 0) {
+		if (errno != EBUSY || ffs_now_ns() >= deadline)
+			return -errno;
+		poll(NULL, 0, 1);
+	}
+	return 0;
+}
+
 /* In each hierarchy there is; never anything but an empty group with the jail's name. */
 static void remove_cgroups(const char *name)
 {
@@ -227,10 +243,14 @@ static void remove_cgroups(const char *name)
 
 		if (strncmp(m->mnt_type, "cgroup", 6))
 			continue;
-		if (asprintf(&path, "%s/%s", m->mnt_dir, name) < 0)
+		if (asprintf(&path, "%s/%s", m->mnt_dir, name) < 0) {
 			path = NULL;
-		else if (rmdir(path) < 0 && errno != ENOENT)
-			fprintf(stderr, "forkfs restore: %s is left behind: %s\n", path, strerror(errno));
+			continue;
+		}
+		int got = remove_cgroup(path);
+
+		if (got < 0 && got != -ENOENT)
+			fprintf(stderr, "forkfs restore: %s is left behind: %s\n", path, strerror(-got));
 	}
 	if (f)
 		endmntent(f);

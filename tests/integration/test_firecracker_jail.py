@@ -178,4 +178,4 @@ def test_nothing_is_left(case):
     (own,) = [p for p in parent.iterdir() if p.is_dir()]
     assert str(child.pid) in (own / "cgroup.procs").read_text().split() and own.name == pathlib.Path(child.said["jail"]).parent.name
     child.stop()
-    own.rmdir()
+    processes.remove_cgroup(own)

@@ -4,8 +4,8 @@ import ctypes
 import os
 import pathlib
 import subprocess
-import time
 
+from . import processes
 from .case import Skip
 
 BYTES = 1 << 20
@@ -70,14 +70,7 @@ class Room:
 
     def _leave(self):
         (self.before / "cgroup.procs").write_text(str(os.getpid()))
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                self.path.rmdir()  # a process that has ended may be in it a moment longer
-                return
-            except OSError:
-                assert time.monotonic() < deadline, (self.path / "cgroup.procs").read_text()
-                time.sleep(0.01)
+        processes.remove_cgroup(self.path)
 
     def reclaim(self):
         """Evict what can be evicted."""

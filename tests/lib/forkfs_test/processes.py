@@ -154,3 +154,15 @@ def wait_free(pid, name, within):
         time.sleep(0.005)
     links = list(open_files(pid).values())
     assert "anon_inode:[userfaultfd]" not in links, links
+
+
+def remove_cgroup(path):
+    """Remove a control group in which nothing runs any more."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            path.rmdir()  # a process that has ended may be in it a moment longer
+            return
+        except OSError:
+            assert time.monotonic() < deadline, (path / "cgroup.procs").read_text()
+            time.sleep(0.01)
