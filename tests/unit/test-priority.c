@@ -84,6 +84,15 @@ static void lend(struct ffs_lent *l, struct ffs_proc_id v)
 	}
 }
 
+static void check_found(const struct ffs_lent *l, unsigned n)
+{
+#ifdef __SANITIZE_THREAD__
+	assert_true(l->found >= n); /* it has threads of its own in every process */
+#else
+	assert_int_equal(l->found, n);
+#endif
+}
+
 /* All get it, vCPUs less; they give it back first, so that none has it when the guest runs. */
 static void test_lent(void **s)
 {
@@ -91,7 +100,7 @@ static void test_lent(void **s)
 	struct ffs_lent l = {0};
 
 	lend(&l, v);
-	assert_int_equal(l.found, N);
+	check_found(&l, N);
 	int vcpu = 0, other = 0;
 
 	for (size_t i = 0; i < N; i++) {
@@ -128,7 +137,7 @@ static void test_own_policy(void **s)
 		skip();
 	}
 	lend(&l, v);
-	assert_int_equal(l.found, N - 1);
+	check_found(&l, N - 1);
 	assert_int_equal(policy(1), SCHED_RR);
 	assert_int_equal(policy(7), SCHED_FIFO);
 	assert_int_equal(priority(7), 7);
