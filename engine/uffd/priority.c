@@ -9,11 +9,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/cleanup.h"
 #include "base/util.h"
 
-/* Above ordinary threads, below the kernel's own and the watchdog; a vCPU below the thread that stops it. */
+/* Above ordinary threads, below the kernel's own and the watchdog. Where vCPUs can keep all CPUs busy they
+ * are below the thread that stops them, or it would wait for its turn. Else all are alike: a thread that
+ * wakes up does not preempt a vCPU then but goes to another CPU, which spares the vCPU, whose turn is next,
+ * the move. */
 enum { PRIO_VCPU = 2, PRIO_VMM = 4, PRIO_SELF = 4 };
 
 static void read_comm(pid_t pid, const char *tid, char comm[16])
@@ -84,11 +88,22 @@ static void give_back(struct ffs_lent *l, bool vcpus_only)
 				errno = 0;
 }
 
+static int priority_of_others(const struct ffs_lent *l)
+{
+	long vcpus = 0;
+
+	for (uint32_t i = 0; i < l->found; i++)
+		vcpus += l->thread[i].vcpu;
+	return vcpus < sysconf(_SC_NPROCESSORS_ONLN) ? PRIO_VCPU : PRIO_VMM;
+}
+
 bool ffs_priority_lend(struct ffs_lent *l)
 {
+	int others = priority_of_others(l);
+
 	atomic_store(&l->n, l->found);
 	for (uint32_t i = 0; i < l->found; i++) {
-		struct sched_param p = {.sched_priority = l->thread[i].vcpu ? PRIO_VCPU : PRIO_VMM};
+		struct sched_param p = {.sched_priority = l->thread[i].vcpu ? PRIO_VCPU : others};
 
 		/* a child that the VMM forks meanwhile must not keep it */
 		if (sched_setscheduler(l->thread[i].tid, SCHED_RR | SCHED_RESET_ON_FORK, &p) < 0 &&
