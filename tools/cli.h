@@ -86,3 +86,6 @@ void ffs_interrupt_install(void);
 bool ffs_interrupted(void);
 /* End as the signal would have ended us, so that the shell sees it; does not return. */
 void ffs_interrupt_exit(void) __attribute__((noreturn));
+/* From now on these signals, but for what was ignored before (nohup), come out of a descriptor that does not block
+ * (signalfd(2)), which is the caller's; -1 with errno. For the main thread, before others are started. */
+int ffs_signals_take(const int *signals, unsigned n);

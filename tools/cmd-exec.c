@@ -246,16 +246,8 @@ static int make_command(const struct exec_args *a, uint8_t *out, size_t *len, st
 static int signals_of(void)
 {
 	static const int all[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH};
-	struct sigaction old;
-	sigset_t set;
 
-	sigemptyset(&set);
-	for (unsigned i = 0; i < FFS_ARRAY_LEN(all); i++)
-		/* what nohup has ignored stays so */
-		if (!sigaction(all[i], NULL, &old) && old.sa_handler != SIG_IGN)
-			sigaddset(&set, all[i]);
-	sigprocmask(SIG_BLOCK, &set, NULL);
-	return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	return ffs_signals_take(all, FFS_ARRAY_LEN(all));
 }
 
 /* The link writes it, wherever that was started. */

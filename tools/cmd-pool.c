@@ -11,7 +11,6 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/resource.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
@@ -59,16 +58,8 @@ static int check(struct serve_args *a, struct ffs_restore_args *how, struct ffs_
 static int take_signals(void)
 {
 	static const int all[] = {SIGINT, SIGTERM, SIGHUP};
-	struct sigaction old;
-	sigset_t set;
 
-	sigemptyset(&set);
-	for (unsigned i = 0; i < FFS_ARRAY_LEN(all); i++)
-		/* what nohup has ignored stays so */
-		if (!sigaction(all[i], NULL, &old) && old.sa_handler != SIG_IGN)
-			sigaddset(&set, all[i]);
-	sigprocmask(SIG_BLOCK, &set, NULL);
-	return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	return ffs_signals_take(all, FFS_ARRAY_LEN(all));
 }
 
 /* A few descriptors for each child, and one for each who asks. */

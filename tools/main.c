@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/signalfd.h>
 #include <unistd.h>
 
 #include "options.h"
@@ -253,6 +254,20 @@ void ffs_interrupt_install(void)
 			sigaction(signals[i], &sa, NULL);
 	}
 	sigaction(SIGALRM, &sa, NULL);
+}
+
+int ffs_signals_take(const int *signals, unsigned n)
+{
+	struct sigaction old;
+	sigset_t set;
+
+	sigemptyset(&set);
+	for (unsigned i = 0; i < n; i++)
+		/* what nohup has ignored stays so */
+		if (!sigaction(signals[i], NULL, &old) && old.sa_handler != SIG_IGN)
+			sigaddset(&set, signals[i]);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
 bool ffs_interrupted(void)
