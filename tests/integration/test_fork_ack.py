@@ -14,6 +14,7 @@ import time
 from forkfs_test import children, rig
 from forkfs_test.api import ApiRig
 from forkfs_test.microvm import MicroVm
+from forkfs_test.rig import refused
 
 MIB = 16
 
@@ -65,16 +66,6 @@ def started(r, name, f):
     assert m, payload
     assert epoch == status(f)["epoch"].replace("-", "")
     return child, int(m.group(1)), epoch
-
-
-def refused(code, what, *args):
-    """It fails with that errno."""
-    try:
-        what(*args)
-    except OSError as e:
-        assert e.errno == code, f"{e} instead of {errno.errorcode[code]}"
-        return
-    raise AssertionError(f"was not refused with {errno.errorcode[code]}")
 
 
 class Reader(threading.Thread):

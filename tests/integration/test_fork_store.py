@@ -10,6 +10,7 @@ import threading
 from forkfs_test import children, processes, rig
 from forkfs_test.api import ApiRig
 from forkfs_test.microvm import MicroVm
+from forkfs_test.rig import refused
 
 TIMEOUT = {"test_killed": 240, "test_killed_at_random": 240}
 MIB = 16
@@ -57,16 +58,6 @@ def fork(branch, name, payload=None):
     if payload is not None:
         (path / "mailboxes/config").write_text(payload)
     return path
-
-
-def refused(code, what, *args):
-    """It fails with that errno."""
-    try:
-        what(*args)
-    except OSError as e:
-        assert e.errno == code, f"{e} instead of {errno.errorcode[code]}"
-        return
-    raise AssertionError(f"was not refused with {errno.errorcode[code]}")
 
 
 def write_once(path, data):

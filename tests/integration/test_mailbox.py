@@ -9,6 +9,7 @@ import struct
 import threading
 
 from forkfs_test import rig
+from forkfs_test.rig import refused
 
 PAGE = 4096
 SEQ, LENGTH, PAYLOAD, EXTENSION = 256, 260, 264, 224
@@ -37,16 +38,6 @@ def settled(r, name="b1"):
     branch = r.branch(name)
     assert rig.wait_settled(branch) == "ready", (branch / "status").read_text()
     return branch
-
-
-def refused(code, what, *args):
-    """It fails with that errno."""
-    try:
-        what(*args)
-    except OSError as e:
-        assert e.errno == code, f"{e} instead of {errno.errorcode[code]}"
-        return
-    raise AssertionError(f"was not refused with {errno.errorcode[code]}")
 
 
 def digest(path):

@@ -6,6 +6,7 @@ import os
 
 from forkfs_test import rig
 from forkfs_test.guest import Guest
+from forkfs_test.rig import refused
 
 
 class Unsaveable(Guest):
@@ -22,16 +23,6 @@ def write_once(path, data):
         os.write(fd, data)
     finally:
         os.close(fd)
-
-
-def refused(code, what, *args):
-    """It fails with that errno."""
-    try:
-        what(*args)
-    except OSError as e:
-        assert e.errno == code, f"{e} instead of {errno.errorcode[code]}"
-        return
-    raise AssertionError(f"was not refused with {errno.errorcode[code]}")
 
 
 def check_refused(r, code, words):

@@ -167,3 +167,13 @@ class Rig:
     def difference(self, branch, kind="mem"):
         """How the branch's memory differs from the truth; empty when it does not."""
         return truth.difference(self.case, self.truth, branch / "memory.bin", truth.NOT_RAM if kind == "pmem" else ())
+
+
+def refused(code, what, *args):
+    """It fails with that errno."""
+    try:
+        what(*args)
+    except OSError as e:
+        assert e.errno == code, f"{e} instead of {errno.errorcode[code]}"
+        return
+    raise AssertionError(f"was not refused with {errno.errorcode[code]}")
