@@ -11,6 +11,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
@@ -28,6 +29,8 @@
 #define NAME "forkfs-image"
 #define PAGE 4096u
 #define WRITE_BYTES 65536u
+/* How long somebody may hold a descriptor of an image that is to be sealed. */
+#define HELD_NS (5 * FFS_NS_PER_S)
 
 static pthread_once_t probed = PTHREAD_ONCE_INIT;
 static bool own_tmpfs; /* set once, by the probe */
@@ -88,6 +91,21 @@ static int make_read_only(int mount)
 	return mount_setattr(mount, "", AT_EMPTY_PATH, &attr, sizeof(attr)) < 0 ? -errno : 0;
 }
 
+/* The mount must have no writer. Whoever looks at the descriptors of all processes (lsof, a BPF iterator, our own
+ * look for another VM's foreign writers) holds each for a moment, a long one when it is preempted there. The
+ * kernel tells nobody when it lets go. */
+static int seal_mount(struct ffs_image *img)
+{
+	uint64_t end = ffs_now_ns() + HELD_NS;
+	int e;
+
+	ffs_close_fd(&img->wfd);
+	while ((e = make_read_only(img->mount)) == -EBUSY && ffs_now_ns() < end)
+		poll(NULL, 0, 1);
+	ffs_close_fd(&img->mount); /* the descriptors keep it, and nobody can come to it any more */
+	return e;
+}
+
 /* Do it once with a page: does it work, and does nobody get a descriptor to write with afterwards? */
 static int try_tmpfs(void)
 {
@@ -102,9 +120,8 @@ static int try_tmpfs(void)
 		e = -errno;
 	if (e == 0 && (e = (int)ffs_pwrite_full(img.wfd, page, sizeof(page), 0)) > 0)
 		e = 0;
-	ffs_close_fd(&img.wfd);
 	if (e == 0)
-		e = make_read_only(img.mount);
+		e = seal_mount(&img);
 	if (e == 0) {
 		snprintf(again, sizeof(again), "/proc/self/fd/%d", img.fd);
 		img.wfd = open(again, O_RDWR | O_CLOEXEC);
@@ -262,16 +279,16 @@ int ffs_image_seal(struct ffs_image *img, struct ffs_error *err)
 {
 	int e = FFS_FAULT("image-seal");
 
-	if (e == 0 && img->mount < 0)
+	if (e == 0 && img->mount >= 0)
+		e = seal_mount(img);
+	else if (e == 0)
 		e = seal_memfd(img->wfd);
-	if (e == 0) {
-		ffs_close_fd(&img->wfd); /* the mount must have no writer */
-		if (img->mount >= 0)
-			e = make_read_only(img->mount);
-		ffs_close_fd(&img->mount); /* the descriptors keep it, and nobody can come to it any more */
-	}
+	if (e == -EBUSY)
+		return ffs_error_set(err, EBUSY,
+			"cannot seal the memory image: another process has held its descriptor for writing for 5 s");
 	if (e)
 		return ffs_error_errno(err, -e, "cannot seal the memory image");
+	ffs_close_fd(&img->wfd);
 	return 0;
 }
 

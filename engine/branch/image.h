@@ -34,7 +34,8 @@ int ffs_image_trim(struct ffs_image *img, uint64_t off, char *buf);
 int ffs_image_any_zero(struct ffs_image *img, uint64_t off, uint64_t len, char *buf, size_t size);
 /* 0 or -errno (ENOSPC, ENOMEM, …). Allocates only what the kernel does. */
 int ffs_image_write(struct ffs_image *img, const void *buf, size_t len, uint64_t off);
-/* Against writing, growing, shrinking, through this or any other descriptor. Nobody writes any more. */
+/* Against writing, growing, shrinking, through this or any other descriptor. Nobody writes any more. Waits for
+ * whoever holds a descriptor for writing in passing, 5 s at most: EBUSY. */
 int ffs_image_seal(struct ffs_image *img, struct ffs_error *err);
 /* Bytes of memory that it takes; `drop`: give them back, its content is of no use. */
 uint64_t ffs_image_settle(struct ffs_image *img, bool drop);
