@@ -1,14 +1,15 @@
 /* What the benchmarks measure with: reads, look-ups and commands, timed close to the system call.
  *
- *   bench-tool seq FILE BYTES-A-READ      one pass over FILE                        prints ns and bytes
- *   bench-tool random FILE COUNT          preads of 4 KiB, each at another place    prints p50 p90 p99 max ns
- *   bench-tool cold FILE COUNT            the same, without what the page cache had of FILE, and no read-ahead
- *   bench-tool stat FILE COUNT            stat(2) of FILE                           the same
- *   bench-tool first FILE COUNT           open, read the first byte, close          the same, without the
- * close bench-tool run COMMAND…               a command from its start to its end       prints ns, exit
- * status of it bench-tool memcpy BYTES THREADS       copying memory that is present            prints ns and
- * bytes bench-tool fresh BYTES THREADS        copying it to memory that is made meanwhile, in large pages
- * bench-tool spin                       keeps a CPU busy until it is killed
+ *   seq FILE BYTES-A-READ    one pass over FILE                                     prints ns and bytes
+ *   random FILE COUNT        preads of 4 KiB, each at another place                 prints p50 p90 p99 max ns
+ *   cold FILE COUNT          the same, with nothing of FILE in the page cache       the same
+ *                            and no read-ahead
+ *   stat FILE COUNT          stat(2) of FILE                                        the same
+ *   first FILE COUNT         open, read the first byte, close                       the same, without the close
+ *   run COMMAND…             a command from its start to its end                    prints ns and its exit status
+ *   memcpy BYTES THREADS     copying memory that is present                         prints ns and bytes
+ *   fresh BYTES THREADS      copying to memory that is made meanwhile, large pages  prints ns and bytes
+ *   spin                     keeps a CPU busy until it is killed
  *
  * One thread, except for memcpy. Exit status 1 and a sentence when a call fails. */
 #include <errno.h>

@@ -3,11 +3,17 @@
  * Built with -Dfaults=true, the daemon asks a small text file (named by $FORKFS_FAULT_FILE, read again at
  * every point) what to do when it passes a point. A release build compiles every point to the constant 0.
  *
- * The file has one rule a line:   POINT[@N] ACTION      (N: only the N-th pass since the rule was first seen,
- * default: each) POINT "*" matches every protocol point, so `*@17 error:EIO` fails the 17th step, whichever
- * that is. error:ERRNO   the step fails with that errno       kill | segv | stop    raise SIGKILL, SIGSEGV,
- * SIGSTOP on ourselves hold:PATH     create PATH.held, wait until PATH exists (at most 60 s)    delay:MS
- * sleep                            */
+ * The file has one rule a line:
+ *
+ *     POINT[@N] ACTION         N: only the N-th pass since the rule was first seen; default: each
+ *
+ * POINT "*" matches every protocol point, so `*@17 error:EIO` fails the 17th step, whichever that is. ACTION:
+ *
+ *     error:ERRNO              the step fails with that errno
+ *     kill | segv | stop       raise SIGKILL, SIGSEGV, SIGSTOP on ourselves
+ *     hold:PATH                create PATH.held, wait until PATH exists (at most 60 s)
+ *     delay:MS                 sleep
+ */
 #pragma once
 
 #ifdef FFS_FAULTS

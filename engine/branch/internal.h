@@ -1,9 +1,10 @@
 /* The structures of branch/, shared by its files only.
  *
- * struct ffs_sandbox   one attached VM: driver, geometry, who may take a branch now
- * struct ffs_tracker   one userfaultfd of that VM: pages, the fault handler thread, the copier threads, the
- * branches in flight. Replaced by a new one when the watchdog revoked it or the VM's memory changed shape
- * struct ffs_branch    one instant: image, vmstate, state, waiters
+ *     struct ffs_sandbox   one attached VM: driver, geometry, who may take a branch now
+ *     struct ffs_tracker   one userfaultfd of that VM: pages, the fault handler thread, the copier threads, the
+ *                          branches in flight. Replaced by a new one when the watchdog revoked it or the VM's
+ *                          memory changed shape
+ *     struct ffs_branch    one instant: image, vmstate, state, waiters
  *
  * Lock order (outer to inner): engine->lock, sandbox->lock, tracker->lock, branch->lock, cluster locks
  * (ascending). tracker->reading is held by readers of a branch in flight, with cluster locks below it and

@@ -9,7 +9,7 @@
  *     copying    its cluster's lock is held
  *     captured   in the image                                    need bit 0 in that branch
  *     dirty      the guest may write it without a fault          writable bit 1; implies need bit 0 in every
- * branch
+ *                                                                branch
  *
  * The writable bits of a cluster change only under its lock, together with the ioctl that makes them true:
  * without that exclusion a sweep (bit := 0, protect) and the fault handler (bit := 1, unprotect) can leave a

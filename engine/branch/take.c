@@ -1,13 +1,15 @@
 /* Takes a branch: the protocol, in the order on which everything depends.
  *
- *     pre-arm    (running)  write-protect all guest memory in slices; a fault only marks the page dirty and
- * lets it go converge   (running)  re-protect what was dirtied, until little is left or it stops shrinking
+ *     pre-arm    (running)  write-protect all guest memory in slices; a fault only marks the page dirty and lets
+ *                           it go
+ *     converge   (running)  re-protect what was dirtied, until little is left or it stops shrinking
  *     pause                 the VMM's own stop: vCPUs stopped, device I/O drained
  *     vmstate    (paused)   saving device state may itself write guest memory, so it comes before
  *     arm        (paused)   re-protect what was dirtied since: only now does the branch's instant exist
- *     disks      (paused)   clone the disks that were named at attach: the VMM's I/O is drained, its caches
- * are flushed resume                guest first: whatever failed above capture    (running)  the tracker's
- * threads
+ *     disks      (paused)   clone the disks that were named at attach: the VMM's I/O is drained, its caches are
+ *                           flushed
+ *     resume                guest first: whatever failed above
+ *     capture    (running)  the tracker's threads
  *
  * A branch of mode full or diff is copied (stopped.c) where a live one is armed.
  *

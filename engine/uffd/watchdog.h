@@ -3,11 +3,12 @@
  * One thread, mlocked, oom_score_adj -1000, no FUSE, never a core dump. For each sandbox (a slot) it holds
  * duplicates of the uffd and of the VMM's control socket, and shares a page of counters with the daemon:
  *   - daemon dead (end of file on the socket): for every slot, close the uffd; where `pausing` is set ask the
- * VMM for its run state and resume it (driver's rescue); end.
+ *     VMM for its run state and resume it (driver's rescue); end.
  *   - a fault pending or being served for more than FFS_WD_STALL_NS without `handler_seq` moving, or a pause
- * whose `pause_beat` did not move for that long: set `revoked`, unregister every range, resume if pausing.
- * The daemon sees `revoked` after every copy and fails the branches of that slot. It sleeps without a timer
- * while no slot is `active`. */
+ *     whose `pause_beat` did not move for that long: set `revoked`, unregister every range, resume if pausing.
+ *     The daemon sees `revoked` after every copy and fails the branches of that slot.
+ *
+ * It sleeps without a timer while no slot is `active`. */
 #pragma once
 
 #include <stdatomic.h>

@@ -1,8 +1,10 @@
 /* What is read from strangers: a manifest, a packed index, an import stream, a fork.
  *
- *   -DFUZZ_TARGET=manifest|index|stream|fork   a fuzzer of it (meson option `fuzz`, by clang: tests/README.md says
- * how) -DFFS_REPLAY                          a plain program: every file of the directories named
- * (corpus/manifest, …) is tried, and those called seed* with their bytes changed in turn, and cut short
+ *   -DFUZZ_TARGET=manifest|index|stream|fork   a fuzzer of it (meson option `fuzz`, by clang: tests/README.md
+ *                                              says how)
+ *   -DFFS_REPLAY                               a plain program: every file of the directories named
+ *                                              (corpus/manifest, …) is tried, and those called seed* with
+ *                                              their bytes changed in turn, and cut short
  *
  * Each input is tried as it is and with its checksums made right. Whatever the input, nothing may crash, and
  * what was accepted must be usable. */

@@ -7,8 +7,9 @@
  * disk, its journal replayed, holds all records up to `done` and none beyond `begun`. Says "journal NUMBER"
  * now and then. One thread.
  *
- *   record (512 bytes)   u64 number, u32 CRC-32 of the whole with this field zero, u32 0, filler made from
- * the number page                 16 bytes of magic, u64 begun, u64 done
+ *   record (512 bytes)   u64 number, u32 CRC-32 of the whole with this field zero, u32 0, filler made from the
+ *                        number
+ *   the page             16 bytes of magic, u64 begun, u64 done
  */
 #include "guest.h"
 

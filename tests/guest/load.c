@@ -1,9 +1,9 @@
-/* `load[,mib=96][,fill=0][,seq=1][,random=1][,disk=0][,rate=0]`: keeps writing guest memory, and says "load
- * N" twice a second.
+/* `load[,mib=96][,fill=0][,seq=1][,random=1][,disk=0][,rate=0]`: keeps writing guest memory, and says "load N"
+ * twice a second.
  *
  *   seq, random   so many threads that write whole pages in order / 64 bytes at random places
- *   disk          so many threads that read /dev/vda into memory and write it, 64 KiB at a time, past the
- * page cache
+ *   disk          so many threads that read /dev/vda into memory and write it, 64 KiB at a time, past the page
+ *                 cache
  *   rate          pages (or transfers) a second and thread; 0: as fast as it goes
  *   fill          1: no page is zero to begin with
  *

@@ -1,14 +1,14 @@
-/* `mailbox,NAME,TOKEN[,ms=5][,stale=0][,ack=1][,vmgenid=0]`: publishes a mailbox and says what the host puts into it:
+/* `mailbox,NAME,TOKEN[,ms=5][,stale=0][,ack=1][,vmgenid=0]`: publishes a mailbox and says what the host puts into
+ * it:
  *
  *     mailbox NAME ready
  *     mailbox NAME took LENGTH epoch HEX flags N: PAYLOAD
- *
  *     mailbox NAME acknowledged: TEXT       (where the host wants it)
+ *     mailbox NAME restored                 (the kernel says so: vmgenid)
  *
- *     mailbox NAME restored                   (the kernel says so: vmgenid)
- *
- * ack: 0 never, 2 with a wrong epoch. ms: between two looks. vmgenid: and whenever the kernel says that the VM was restored. stale: so many old copies of the frame lie in memory beside it, as page cache and
- * freed pages hold them. One thread. */
+ * ack: 0 never, 2 with a wrong epoch. ms: between two looks. vmgenid: and whenever the kernel says that the VM
+ * was restored. stale: so many old copies of the frame lie in memory beside it, as page cache and freed pages
+ * hold them. One thread. */
 #include "guest.h"
 
 #include <poll.h>

@@ -4,11 +4,14 @@
  *     uffd-vmm SOCKET IMAGE [huge] [close] [regions=N] [features=MASK] [split=BYTES]
  *
  * huge: pages of 2 MiB; close: keeps no copy of its userfaultfd; features: asked of UFFDIO_API (default:
- * REMOVE). It prints "sent", then obeys lines of stdin, each with one line as the answer: read OFFSET LENGTH
- * "same", or "differs OFFSET" race THREADS          as many threads read all of it, each from another place
- * on; the same answers loop                  reads all of it over and over, until it is ended discard OFFSET
- * LENGTH gives the pages back to the kernel: "done"; from then on they have to be zeros resident bytes that
- * are there */
+ * REMOVE). It prints "sent", then obeys lines of stdin, each with one line as the answer:
+ *
+ *     read OFFSET LENGTH      "same", or "differs OFFSET"
+ *     race THREADS            as many threads read all of it, each from another place on; the same answers
+ *     loop                    reads all of it over and over, until it is ended
+ *     discard OFFSET LENGTH   gives the pages back to the kernel: "done"; from then on they have to be zeros
+ *     resident                bytes that are there
+ */
 #include <err.h>
 #include <errno.h>
 #include <fcntl.h>
