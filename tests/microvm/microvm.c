@@ -356,16 +356,20 @@ static void start_vcpus(void)
 
 static void answer(int client, const char *command, const char *error)
 {
-	unsigned long steps = 0;
+	unsigned long steps = 0, least = ~0ul;
 	char text[1024];
 
-	for (unsigned i = 0; i < state.vcpus; i++)
-		steps += atomic_load((_Atomic uint64_t *)(memory + state.cpu[i].regs.r15));
+	for (unsigned i = 0; i < state.vcpus; i++) {
+		unsigned long n = atomic_load((_Atomic uint64_t *)(memory + state.cpu[i].regs.r15));
+
+		steps += n;
+		least = n < least ? n : least;
+	}
 	int n = snprintf(text, sizeof(text),
 		"{\"answer\":\"%s\",\"error\":\"%s\",\"state\":\"%s\",\"vcpus\":%lu,\"steps\":%lu,"
-		"\"mismatches\":%lu,"
+		"\"least_steps\":%lu,\"mismatches\":%lu,"
 		"\"saves\":%lu,\"kind\":\"%s\",\"hva\":%lu,\"size\":%lu,\"page_size\":%lu}",
-		command, error, paused ? "paused" : "running", state.vcpus, steps, mismatches, state.saves,
+		command, error, paused ? "paused" : "running", state.vcpus, steps, least, mismatches, state.saves,
 		kind, (unsigned long)memory, state.memory, page_size);
 
 	/* a client that does not read its answers loses them: the guest must not wait for it */

@@ -213,7 +213,8 @@ class Guest:
         return int(match.group(1), 16)
 
     def stops(self):
-        """How often the VM was stopped."""
+        """How often the VM was stopped until now."""
+        self.qmp.execute("query-status")  # events come in the order in which they happened: those before the answer are here
         return self.qmp.count("STOP")
 
     def check_runs(self, within=1.0):
