@@ -45,7 +45,7 @@ const struct ffs_command ffs_commands[] = {
 	{"wait", "NAME/BRANCH…", "wait until branches are complete", ffs_cmd_wait},
 	{"rm", "NAME/BRANCH[/FORK]…", "remove branches or forks; who has one open goes on reading it", ffs_cmd_rm},
 	{"restore",
-		"NAME/BRANCH[/FORK] [-n COUNT] [--attach NAME [--track]] [--paused | --healthy [--ready-timeout SECONDS]] "
+		"(NAME/BRANCH[/FORK] | NAME/BRANCH/FORK… | NAME/BRANCH --forks FILE|-) [-n COUNT] [--attach NAME [--track]] [--paused | --healthy [--ready-timeout SECONDS]] "
 		"[--accept-torn] [--trust] [--as-served] [--show] "
 		"[--vmm BINARY] [--jailer PATH] [--conf FILE] [--dir DIR] [--backend file|uffd] [--no-prefetch] [--drive ID=PATH]… "
 		"[--net IFACE=TAP]… [--ack MS | --no-ack] [--ack-address IP] [-- [JAILER ARGS… --] VMM ARGS…]",

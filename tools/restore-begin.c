@@ -185,6 +185,26 @@ void ffs_restore_init(struct ffs_restore *r, const struct ffs_tree *t, const str
 	r->notes = json_object_new_array();
 }
 
+int ffs_restore_view(
+	const struct ffs_restore *r, const struct ffs_target *target, struct ffs_restore *out, struct ffs_error *err)
+{
+	*out = *r;
+	out->target = *target;
+	out->page = NULL;
+	out->n_pages = 0;
+	out->ack.n = 0;
+	out->notes = json_object_new_array();
+	for (size_t i = 0; i < json_object_array_length(r->notes); i++)
+		ffs_restore_note(out, "%s", json_object_get_string(json_object_array_get_idx(r->notes, i)));
+	return target->fork[0] ? ffs_restore_fork_read(out, err) : 0;
+}
+
+void ffs_restore_view_end(struct ffs_restore *view)
+{
+	free(view->page);
+	json_object_put(view->notes);
+}
+
 void ffs_restore_end(struct ffs_restore *r)
 {
 	if (r->ops && r->ops->end)

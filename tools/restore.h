@@ -1,5 +1,6 @@
 /* Starting VMs from a branch: what `forkfs restore` and its kinds of VMM share.
  *   cmd-restore.c        the command: the children side by side, what is printed
+ *   restore-targets.c    what they are children of
  *   restore-begin.c      what the branch is, and what its children have in common
  *   restore-start.c      one child: loaded, running, awaited
  *   restore-child.c      one process: its directory, its descriptors, its life
@@ -60,6 +61,22 @@ struct ffs_restore_word {
 	const char *name, *value;
 };
 char *ffs_restore_expand(const char *text, const struct ffs_restore_word *words, unsigned n);
+
+/* ---- restore-targets.c ---- */
+
+#define FFS_CHILDREN_MAX 4096 /* of one command */
+
+/* A branch or a fork; or, more than one, different forks of one branch, in the order in which they were named. */
+struct ffs_restore_targets {
+	struct ffs_target *target;
+	unsigned n;
+};
+/* From the n words of a command line, or (forks is not NULL: --forks) the lines of a file, "-" is standard input, which name
+ * forks of the branch that is the only word. -EINVAL: they are not as they should be; else the file can't be read. What is
+ * there is the caller's to free in any case. */
+int ffs_restore_targets_read(
+	struct ffs_restore_targets *t, char *const *word, unsigned n, const char *forks, struct ffs_error *err);
+void ffs_restore_targets_free(struct ffs_restore_targets *t);
 
 /* ---- one call of the command ---- */
 
@@ -125,10 +142,16 @@ void ffs_restore_init(struct ffs_restore *r, const struct ffs_tree *t, const str
 	const struct ffs_restore_args *a);
 /* Look at the branch, and make the plan of its kind: all that can be refused is refused here. */
 int ffs_restore_plan(struct ffs_restore *r, const struct ffs_restore_args *a, struct ffs_error *err);
-/* Open what the children share. */
+/* Open what the children share; of a fork, read its pages too. */
 int ffs_restore_begin(struct ffs_restore *r, const struct ffs_restore_args *a, struct ffs_error *err);
 /* Also after a failure, when no child is being started any more. */
 void ffs_restore_end(struct ffs_restore *r);
+
+/* The same for the children of one target of that branch, when what all of them share is there: with the pages, the
+ * acknowledgements and the notes of its own, if it is a fork. `r` must live as long; ffs_restore_view_end() in any case. */
+int ffs_restore_view(
+	const struct ffs_restore *r, const struct ffs_target *target, struct ffs_restore *out, struct ffs_error *err);
+void ffs_restore_view_end(struct ffs_restore *view);
 
 /* ---- restore-image.c ---- */
 

@@ -67,6 +67,103 @@ def test_hundred(case):
     r.guest.check_runs()
 
 
+def test_one_command(case):
+    """A hundred forks of one branch by one command: a child and a line for each, its own payload and sockets, one image; -n of each."""
+    r, branch = guest(case)
+    before = digest(branch / "memory.bin")
+    want = {f"c{i}": f'{{"task":{i},"n":9007199254740993}}' for i in range(100)}
+    epochs = {name: fork(branch, name, payload) for name, payload in want.items()}
+    targets = [f"sbx1/b1/{name}" for name in want]
+    found, result = children.run_micro(r.mount, targets[0], *targets[1:], "--paused")
+    assert [c.said["fork"] for c in sorted(found, key=lambda c: c.said["child"])] == list(want)
+    assert sorted(c.said["child"] for c in found) == list(range(1, 101)) and not result.err
+    assert len({json.dumps(c.said["sockets"]) for c in found}) == len({c.dir for c in found}) == 100
+    assert all(c.said["branch"] == "sbx1/b1" and c.said["state"] == "paused" for c in found)
+    images = {where for c in found for where in re.findall(r"^\S+ rw-p \S+ (\S+ [1-9]\d*)  .*(?:memfd|memory\.bin)", c.maps(), re.M)}
+    if json.loads((r.mount.path / ".forkfs/capabilities").read_text())["passthrough"]:
+        assert len(images) == 1, images
+    for child in found:
+        name = child.said["fork"]
+        child.status("resume")
+        assert child.mail() == (epochs[name], want[name]), (name, child.mails())
+        child.status("pause")  # or each would take a CPU
+        child.drop()
+    # names from a file, and more than one child of each
+    few = case.dir / "few"
+    few.write_text("c7\n\nc3\n")
+    found, _ = children.run_micro(r.mount, "sbx1/b1", "--forks", few, "-n", "2", "--attach", "web")
+    told = sorted((c.said["child"], c.said["fork"], c.said["sandbox"]) for c in found)
+    assert told == [(1, "c7", "web-1"), (2, "c7", "web-2"), (3, "c3", "web-3"), (4, "c3", "web-4")], told
+    for child in found:
+        assert child.mail() == (epochs[child.said["fork"]], want[child.said["fork"]])
+        child.visit_all(MIB, 1)
+        child.status("pause")
+        child.drop()
+    with open(few, encoding="ascii") as names:
+        found, _ = children.run_micro(r.mount, "sbx1/b1", "--forks", "-", stdin=names)
+    assert sorted(c.mail() for c in found) == sorted((epochs[n], want[n]) for n in ("c3", "c7"))
+    assert digest(branch / "memory.bin") == before
+    r.guest.check_runs()
+
+
+def test_one_of_many(case):
+    """Of several forks each child has what its own fork asks for; one that fails is ended and named by its fork, the others stay."""
+    r, _ = guest(case)
+    for name, waits in (("a", True), ("b", False), ("c", True)):
+        rig.request(r.sandbox / "ctl", fork={"branch": "b1", "name": name, "mailboxes": [
+            {"name": "config", "payload": {"task": name}, "wait_for_ack": waits, "ack_timeout_ms": 20000}]})
+    targets = [f"sbx1/b1/{name}" for name in "abc"]
+    found, _ = children.run_micro(r.mount, *targets)
+    acks = {c.said["fork"]: [a["state"] for a in c.said.get("acks", [])] for c in found}
+    assert acks == {"a": ["applied"], "b": [], "c": ["applied"]}, acks
+    for child in found:
+        assert json.loads(child.mail()[1])["task"] == child.said["fork"]
+        child.stop()
+    # whom nobody waits for hears so in a note of its own
+    found, _ = children.run_micro(r.mount, *targets, "--paused")
+    notes = {c.said["fork"]: [n for n in c.said.get("notes", []) if "ACK" in n] for c in found}
+    assert not notes["b"] and len(notes["a"]) == len(notes["c"]) == 1 and "fork a" in notes["a"][0], notes
+    for child in found:
+        child.stop()
+    vmm = case.dir / "vmm"
+    vmm.write_text(f'#!/bin/sh\ncase "$*" in *--nth=2) echo no luck >&2; exit 3 ;; esac\nexec {case.tool("../microvm/microvm")} "$@"\n')
+    vmm.chmod(0o755)
+    found, result = children.run(r.mount, *targets, "--vmm", vmm, kind=children.MicroChild, vmm=[*children.MICRO, "--nth={number}"], check=False)
+    assert result.code == 1 and "child 2, of fork b: " in result.err and "no luck" in result.err, result.err
+    assert {c.said["fork"]: json.loads(c.mail()[1])["task"] for c in found} == {"a": "a", "c": "c"}
+    assert len(children.vms(case)) == 2, children.vms(case)
+
+
+def test_many_refused(case):
+    """What is not several forks of one branch is refused before anything is started, with the word that is wrong."""
+    r, branch = guest(case)
+    for name in ("a", "b"):
+        fork(branch, name, '{"task":1}')
+    other = r.branch("b2")
+    assert rig.wait_settled(other) == "ready"
+    fork(other, "a", '{"task":1}')
+    names = case.dir / "names"
+
+    def refused(code, part, *words, text=""):
+        names.write_text(text)
+        found, result = children.run_micro(r.mount, *words, check=False)
+        assert not found and result.code == code and part in result.err, (words, result)
+        children.nothing_left(case)
+
+    refused(1, "has no fork 'nobody'", "sbx1/b1/a", "sbx1/b1/nobody")
+    refused(1, "has no fork 'nobody'", "sbx1/b1", "--forks", names, text="a\nnobody\n")
+    refused(2, "two branches", "sbx1/b1/a", "sbx1/b2/a")
+    refused(2, "NAME/BRANCH/FORK each", "sbx1/b1/a", "sbx1/b1")
+    refused(2, "fork a is named twice", "sbx1/b1/a", "sbx1/b1/b", "sbx1/b1/a")
+    refused(2, "fork b is named twice", "sbx1/b1", "--forks", names, text="b\na\nb")
+    refused(2, "line 2", "sbx1/b1", "--forks", names, text="a\n../b\n")
+    refused(2, "names no fork", "sbx1/b1", "--forks", names, text="\n")
+    refused(2, "goes with one NAME/BRANCH", "sbx1/b1", "sbx1/b2", "--forks", names, text="a\n")
+    refused(2, "too many parts", "sbx1/b1/a", "--forks", names, text="a\n")
+    refused(1, "can't be read", "sbx1/b1", "--forks", case.dir / "nowhere")
+    refused(2, "are too many", "sbx1/b1/a", "sbx1/b1/b", "-n", "2049")
+
+
 def resident(pid):
     """KiB of a process that are in memory."""
     return int(re.search(r"^Rss:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M).group(1))

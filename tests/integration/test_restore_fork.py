@@ -93,6 +93,30 @@ def test_children(case):
     r.guest.check_runs()
 
 
+def test_one_command(case):
+    """One command for ten forks of a branch that is loaded into memory first: each child has its own payload, and all one image."""
+    r = rig.Rig(case, mib=SIZE, run=["counter", "mailbox,config,s3cret"], options=f"store={case.dir}/store,default-store=packed")
+    r.guest.console.wait(r"^mailbox config ready$")
+    branch = r.branch("b1")
+    assert rig.wait_settled(branch) == "ready"
+    want = {}
+    for i in range(10):
+        payload = f'{{"task":{i},"n":9007199254740993}}'
+        status = json.loads((fork(branch, f"c{i}", payload) / "status").read_text())
+        want[f"c{i}"] = (status["epoch"].replace("-", ""), payload)
+    first, *others = [f"sbx1/b1/{name}" for name in want]
+    found, _ = children.run(r.mount, first, *others)
+    assert sorted(c.said["fork"] for c in found) == sorted(want)
+    for child in found:
+        assert took(child) == want[child.said["fork"]]
+    assert len({image(c.pid)[0] for c in found}) == 1
+    for child in found:
+        child.wait_console(r"^tick", count=2)
+        child.check_sane()
+    assert not r.guest.console.all("^mailbox config took")
+    r.guest.check_runs()
+
+
 def test_attached(case):
     """A child of a fork is a VM to be branched again, and its branch has the payload's traces, not the parent's."""
     r = guest(case)

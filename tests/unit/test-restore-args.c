@@ -249,11 +249,67 @@ static void test_conf(void **state)
 	assert_int_equal(conf("kind = qemu\nenv = x\n", 0600, &c, &err), -EINVAL);
 }
 
+/* What the words and the lines of a file name, as one string; the code when they are refused. */
+static int targets(const char *text, size_t len, const char *a, const char *b, char names[200], struct ffs_error *err)
+{
+	char path[] = "/tmp/forkfs-forks-XXXXXX", first[80], second[80], *word[] = {first, second};
+	struct ffs_restore_targets t = {0};
+	size_t at = 0;
+	int r;
+
+	snprintf(first, sizeof(first), "%s", a);
+	snprintf(second, sizeof(second), "%s", b ? b : "");
+	if (text) {
+		int fd = mkstemp(path);
+
+		assert_true(fd >= 0);
+		assert_int_equal(ffs_write_full(fd, text, len), (ssize_t)len);
+		close(fd);
+	}
+	r = ffs_restore_targets_read(&t, word, b ? 2 : 1, text ? path : NULL, err);
+	names[0] = 0;
+	for (unsigned i = 0; !r && i < t.n; i++)
+		at += (size_t)snprintf(names + at, 200 - at, "%s/%s/%s ", t.target[i].sandbox, t.target[i].branch, t.target[i].fork);
+	ffs_restore_targets_free(&t);
+	if (text)
+		unlink(path);
+	return r;
+}
+
+static void test_targets(void **state)
+{
+	struct ffs_error err = {0};
+	char names[200], *many = NULL;
+	size_t len = 0;
+	FILE *f;
+
+	assert_int_equal(targets(NULL, 0, "x/b", NULL, names, &err), 0);
+	assert_string_equal(names, "x/b/ ");
+	assert_int_equal(targets(NULL, 0, "x/b/z", "x/b/a/", names, &err), 0);
+	assert_string_equal(names, "x/b/z x/b/a ");
+	assert_int_equal(targets("z\n\na", 4, "x/b", NULL, names, &err), 0);
+	assert_string_equal(names, "x/b/z x/b/a ");
+	assert_int_equal(targets("z\n", 2, "x/b/c", NULL, names, &err), -EINVAL);
+	assert_int_equal(targets("z\0a\n", 4, "x/b", NULL, names, &err), -EINVAL);
+	assert_int_equal(targets("z\na \n", 5, "x/b", NULL, names, &err), -EINVAL);
+	assert_non_null(strstr(err.text, "line 2"));
+	assert_int_equal(targets("", 0, "x/b", NULL, names, &err), -EINVAL);
+	assert_int_equal(targets(NULL, 0, "x", NULL, names, &err), -EINVAL);
+	f = open_memstream(&many, &len);
+	for (unsigned i = 0; i <= FFS_CHILDREN_MAX; i++)
+		fprintf(f, "c%u\n", i);
+	fclose(f);
+	assert_int_equal(targets(many, len, "x/b", NULL, names, &err), -EINVAL);
+	assert_non_null(strstr(err.text, "too many"));
+	free(many);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {cmocka_unit_test(test_machine), cmocka_unit_test(test_plain_memory),
 		cmocka_unit_test(test_network), cmocka_unit_test(test_disks), cmocka_unit_test(test_hostile),
-		cmocka_unit_test(test_no_command_line), cmocka_unit_test(test_expand), cmocka_unit_test(test_conf)};
+		cmocka_unit_test(test_no_command_line), cmocka_unit_test(test_expand), cmocka_unit_test(test_conf),
+		cmocka_unit_test(test_targets)};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

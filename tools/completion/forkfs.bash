@@ -59,7 +59,7 @@ _forkfs() {
 	COMPREPLY=()
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
-		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o | -n | --attach | --vmm | --jailer | --conf | --dir | --socket | --min | --max | --ttl | --mailbox | --timeout | --ack)
+		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o | -n | --attach | --vmm | --jailer | --conf | --dir | --socket | --min | --max | --ttl | --mailbox | --timeout | --ack | --forks)
 			[[ ${COMP_WORDS[i + 1]} == = ]] && ((i++))
 			((i++))
 			;;
@@ -93,7 +93,7 @@ _forkfs() {
 		compopt -o nospace
 		return
 		;;
-	--vmm | --jailer | --conf | --dir | --socket)
+	--vmm | --jailer | --conf | --dir | --socket | --forks)
 		mapfile -t COMPREPLY < <(compgen -f -- "$current")
 		return
 		;;
@@ -113,7 +113,7 @@ _forkfs() {
 		import) options='--store --store-dir --mount --help' ;;
 		convert) options='--to --mount --help' ;;
 		inspect) options='--chunks --mount --help' ;;
-		restore) options='-n --attach --track --paused --healthy --ready-timeout --accept-torn --trust --as-served --show --vmm --jailer --conf --dir --backend --no-prefetch --drive --net --ack --no-ack --ack-address --mount --help' ;;
+		restore) options='-n --forks --attach --track --paused --healthy --ready-timeout --accept-torn --trust --as-served --show --vmm --jailer --conf --dir --backend --no-prefetch --drive --net --ack --no-ack --ack-address --mount --help' ;;
 		pool) options='--socket --min --max --ttl --end-all --mailbox --ack --no-ack --timeout --main --env --log --vmm --conf --dir --backend --drive --net --ack-address --healthy --ready-timeout --accept-torn --trust --as-served --mount --help' ;;
 		exec) options='--stdin --tty --env --cwd --main --log --detach --exit-file --socket --ready-timeout --mount --help' ;;
 		health) options='--socket --wait --json --mount --help' ;;

@@ -155,12 +155,14 @@ def nothing_left(case):
     assert not vms(case), [processes.describe(pid) for _, pid in vms(case)]
 
 
-def run(mount, branch, *options, kind=QemuChild, vmm=(), check=True, timeout=120):
-    """`forkfs restore`; (the children, the command's result). branch: NAME/BRANCH."""
-    command = ["restore", branch, "--dir", str(mount.case.dir / "ch"), *options]
-    if vmm:
-        command += ["--", *vmm]
-    result = mount.run(*command, check=check, timeout=timeout)
+def words(mount, branch, *options, vmm=()):
+    """The command that starts them, without the program."""
+    return ["restore", branch, "--dir", str(mount.case.dir / "ch"), *options, *(["--", *vmm] if vmm else ())]
+
+
+def run(mount, branch, *options, kind=QemuChild, vmm=(), check=True, timeout=120, **how):
+    """`forkfs restore`; (the children, the command's result). branch: NAME/BRANCH[/FORK]; options may have more of them."""
+    result = mount.run(*words(mount, branch, *options, vmm=vmm), check=check, timeout=timeout, **how)
     return lines(mount.case, result.out, kind), result
 
 
