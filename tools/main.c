@@ -40,7 +40,7 @@ const struct ffs_command ffs_commands[] = {
 		"[--force] [--store "
 		"memory|dense|packed] [--json]",
 		"take a branch: memory and device state of one instant", ffs_cmd_branch},
-	{"fork", "NAME/BRANCH FORK [--mailbox NAME[:TOKEN]=JSON|@FILE]… [--ack MS] [--json]",
+	{"fork", "NAME/BRANCH (FORK [--mailbox NAME[:TOKEN]=JSON|@FILE]… | --each FILE|-) [--ack MS] [--json]",
 		"make a fork: the branch, with payloads in the mailboxes of its guest", ffs_cmd_fork},
 	{"wait", "NAME/BRANCH…", "wait until branches are complete", ffs_cmd_wait},
 	{"rm", "NAME/BRANCH[/FORK]…", "remove branches or forks; who has one open goes on reading it", ffs_cmd_rm},

@@ -164,6 +164,42 @@ def test_many_refused(case):
     refused(2, "are too many", "sbx1/b1/a", "sbx1/b1/b", "-n", "2049")
 
 
+def test_made_by_one_command(case):
+    """`forkfs fork --each`: a fork for each line with its payload byte for byte, all checked before the first is made."""
+    r, branch = guest(case)
+    payloads = {f"c{i}": f'{{"z":{i}, "n":9007199254740993,"a":"x y"}}' for i in range(50)}
+    text = "".join(f"{name} config:s3cret={payload}\n" for name, payload in payloads.items()) + "\nbare\n"
+    names = case.dir / "names"
+
+    def fork_each(text, *options, check=True):
+        names.write_text(text)
+        with open(names, encoding="ascii") as given:
+            return r.mount.run("fork", "sbx1/b1", "--each", "-", *options, stdin=given, check=check)
+
+    made = [json.loads(line) for line in fork_each(text, "--json").out.splitlines()]
+    assert len({m["epoch"] for m in made}) == len(made) == 51
+    assert [[m["name"] for m in one["mailboxes"]] for one in made] == [["config"]] * 50 + [[]]
+    for name, payload in payloads.items():
+        assert (branch / "forks" / name / "mailboxes/config").read_text() == payload, name
+    assert not os.listdir(branch / "forks/bare/mailboxes") or not (branch / "forks/bare/mailboxes/config").read_text()
+    by_epoch = {m["epoch"].replace("-", ""): payload for m, payload in zip(made, payloads.values())}
+    found, _ = children.run_micro(r.mount, *[f"sbx1/b1/{name}" for name in ("c7", "c8", "c49")])
+    for child in found:
+        epoch, payload = child.mail()
+        assert by_epoch[epoch] == payload == payloads[child.said["fork"]]
+        child.stop()
+    for text, code, part in (("n1 config={}\nn2 config={\n", 2, "line 2"), ("n1\nn2\nn1\n", 2, "line 3"), ("n1\n.n2\n", 2, "line 2"), ("\n", 2, "no fork"),
+                             (f"n1 config=@{names}.not\n", 1, "line 1")):
+        result = fork_each(text, check=False)
+        assert result.code == code and part in result.err and not result.out, (text, result)
+        assert not (branch / "forks/n1").exists(), text
+    # whom the guest has no mailbox for is seen when it is made: those before it stay, with their lines
+    result = fork_each("n1 config={}\nn2 nobody={}\nn3 config={}\n", check=False)
+    assert result.code == 1 and "fork n2: " in result.err and result.out.startswith("sbx1/b1/n1: epoch "), result
+    assert (branch / "forks/n1").exists() and not (branch / "forks/n2").exists() and not (branch / "forks/n3").exists()
+    r.guest.check_runs()
+
+
 def resident(pid):
     """KiB of a process that are in memory."""
     return int(re.search(r"^Rss:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M).group(1))

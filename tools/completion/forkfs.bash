@@ -59,7 +59,7 @@ _forkfs() {
 	COMPREPLY=()
 	for ((i = 1; i < COMP_CWORD; i++)); do
 		case ${COMP_WORDS[i]} in
-		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o | -n | --attach | --vmm | --jailer | --conf | --dir | --socket | --min | --max | --ttl | --mailbox | --timeout | --ack | --forks)
+		--mount | --pid | --qemu | --firecracker | --coop | --disk | --owner | --store | --key | -o | -n | --attach | --vmm | --jailer | --conf | --dir | --socket | --min | --max | --ttl | --mailbox | --timeout | --ack | --forks | --each)
 			[[ ${COMP_WORDS[i + 1]} == = ]] && ((i++))
 			((i++))
 			;;
@@ -93,7 +93,7 @@ _forkfs() {
 		compopt -o nospace
 		return
 		;;
-	--vmm | --jailer | --conf | --dir | --socket | --forks)
+	--vmm | --jailer | --conf | --dir | --socket | --forks | --each)
 		mapfile -t COMPREPLY < <(compgen -f -- "$current")
 		return
 		;;
@@ -108,7 +108,7 @@ _forkfs() {
 		attach) options='--pid --qemu --firecracker --coop --disk --track --force --owner --json --mount --help' ;;
 		ls | status) options='--json --mount --help' ;;
 		branch) options='--live --diff --full --no-wait --max-rate --force --store --key --json --mount --help' ;;
-		fork) options='--mailbox --ack --json --mount --help' ;;
+		fork) options='--mailbox --each --ack --json --mount --help' ;;
 		detach | wait | rm | verify | export) options='--mount --help' ;;
 		import) options='--store --store-dir --mount --help' ;;
 		convert) options='--to --mount --help' ;;
