@@ -153,25 +153,30 @@ class Forks(restore.Turns):
             monitor.close()
         self.way.end([child])
 
-    def herd_of_forks(self, number, *options):
-        """As many payloads as children: until all have acknowledged (--paused: are loaded, with their payloads), and the memory of each."""
+    def herd_of_forks(self, number, one, *options):
+        """As many payloads as children, by one command or a command for each: until all have acknowledged (--paused: are loaded, with
+        their payloads), and the memory of each."""
         begin = time.monotonic()
         targets = [self.make() for _ in range(self.many)]
         made = start.since(begin)
 
-        def child(target):
-            (c,), _ = self.way.command(target, *options)
-            assert options or c.said["acks"][0]["state"] == "applied", c.said
+        def known(child):
+            assert options or child.said["acks"][0]["state"] == "applied", child.said
             if self.way.herd and not options:  # each would take a CPU to itself
-                c.status("pause")
-                c.drop()
-            return c
+                child.status("pause")
+                child.drop()
+            return child
 
         cpus = os.cpu_count()
-        with concurrent.futures.ThreadPoolExecutor(2 * cpus if cpus > 2 else 4) as pool:
-            found = list(pool.map(child, targets))
+        if one:
+            found = [known(child) for child in self.way.told(*targets, *options)]
+        else:
+            with concurrent.futures.ThreadPoolExecutor(2 * cpus if cpus > 2 else 4) as pool:
+                found = list(pool.map(lambda target: known(self.way.command(target, *options)[0][0]), targets))
         total = start.since(begin)
-        self.add(f"{self.many} × forks{', paused' if options else ''}", number, made_ms=made, runs_ms=total, **self.memory_of(found))
+        assert {c.said["fork"] for c in found} == {t.rsplit("/", 1)[1] for t in targets}
+        self.add(f"{self.many} × forks, {'one command' if one else 'a command each'}{', paused' if options else ''}", number, made_ms=made,
+                 runs_ms=total, **self.memory_of(found))
         self.way.end(found)
 
 
@@ -190,10 +195,11 @@ def run_guest(record, options, mib, boot, make, many, *says):
         for number in range(options.branches):
             for kind in PREFETCH:
                 turns.prefetched(number, kind)
-        for number in range(max(1, options.branches // 6)):
-            turns.herd_of_forks(number)
-            if turns.way.herd:
-                turns.herd_of_forks(number, *turns.way.herd)
+        for number in range(max(1, options.branches // 4)):
+            for one in (True, False) if number % 2 else (False, True):
+                turns.herd_of_forks(number, one)
+                if turns.way.herd:
+                    turns.herd_of_forks(number, one, *turns.way.herd)
             turns.herd("tmpfs", number)
         guest.check_sane()
 

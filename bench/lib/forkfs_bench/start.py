@@ -81,6 +81,14 @@ class Way:
         found, result = children.run(self.mount, branch, *self.options, *options, kind=self.kind, vmm=self.vmm)
         return found, result.seconds * 1e3
 
+    def told(self, branch, *options):
+        """The same, each as soon as it is told of; a failure of any is one."""
+        words = children.words(self.mount, branch, *self.options, *options, vmm=self.vmm)
+        command = self.case.start(self.mount.binary, words[0], "--mount", self.mount.path, *words[1:], stdout=subprocess.PIPE, text=True)
+        for line in command.stdout:
+            yield self.kind(self.case, json.loads(line))
+        assert command.wait() == 0, f"forkfs restore ended with {command.returncode}"
+
     def direct(self, memory, vmstate, number=0, paused=False):
         """One child of two files; said["runs_ms"] is when it ran (paused: was loaded). number: among those of the same time."""
         where = self.case.dir / "direct" / f"{self.count}.{number}"
