@@ -192,7 +192,7 @@ static int make_page(struct ffs_shot *shot, struct ffs_staged *s, const uint8_t 
 static int check_port(enum ffs_mailbox_kind kind, struct ffs_span payload, struct ffs_error *err)
 {
 	char with_port[FFS_MAILBOX_PAYLOAD_MAX];
-	ssize_t n = ffs_json_add_port(payload, 65535, with_port, ffs_mailbox_layout(kind)->payload_max, err);
+	ssize_t n = ffs_json_add_port(payload, FFS_ACK_PORT_KEY, 65535, with_port, ffs_mailbox_layout(kind)->payload_max, err);
 
 	return n < 0 ? (int)n : 0;
 }

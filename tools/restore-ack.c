@@ -1,10 +1,10 @@
 /* What is handed over between a child and whoever starts it, in order: a list of hooks, each with what it does before the
- * VM runs, after it runs, and at the end, whatever the end is. The port for acknowledgements comes first, then the
+ * VM is there, when it is loaded, after it runs, and at the end, whatever the end is. The port for acknowledgements comes first, then the
  * network, then all other mailboxes; a missing acknowledgement that was asked for is a failure like any other, and the
  * caller's one teardown ends the child.
  *
  * Threads: the child's; what the fork asks for is read by the main thread before. No locks. What waits here, waits for
- * datagrams, for the child's end, for the next deadline, and, as a page of a guest tells nobody that it has changed, for
+ * datagrams and connections, for the child's end, for the next deadline, and, as a page of a guest tells nobody that it has changed, for
  * a few milliseconds before it looks there again. */
 #include <errno.h>
 #include <json-c/json.h>
@@ -21,7 +21,7 @@
 #include "base/udp.h"
 #include "base/util.h"
 #include "mailbox/ack.h"
-#include "restore.h"
+#include "restore-ack-vsock.h"
 
 #define ADDRESS_DEFAULT "127.0.0.1"
 #define AT_ONCE 128 /* datagrams of one look: what floods the port does not keep us from the rest */
@@ -33,6 +33,7 @@ struct ffs_restore_ack {
 	struct ffs_ack_wait wait;
 	int sock;
 	unsigned port;
+	struct ffs_ack_vsock vsock;
 	uint64_t at[FFS_MAILBOX_MAX]; /* where the frame of box i is in the child; 0: not written */
 	uint64_t looked_ns;           /* what has come since counts as come then */
 	unsigned looks;
@@ -94,9 +95,15 @@ static int open_port(struct ffs_restore *r, struct ffs_child *c, struct ffs_erro
 	if (!a)
 		return ffs_error_set(err, ENOMEM, "no memory to wait for acknowledgements");
 	c->ack = a;
+	ffs_ack_vsock_init(&a->vsock);
 	a->wait = r->ack;
 	a->sock = ffs_udp_listen(address, 0, &a->port, err);
 	return a->sock < 0 ? a->sock : 0;
+}
+
+static int open_vsock(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
+{
+	return c->vsock ? ffs_ack_vsock_listen(&c->ack->vsock, c, err) : 0;
 }
 
 static void close_port(struct ffs_restore *r, struct ffs_child *c)
@@ -104,6 +111,7 @@ static void close_port(struct ffs_restore *r, struct ffs_child *c)
 	if (!c->ack)
 		return;
 	ffs_close_fd(&c->ack->sock);
+	ffs_ack_vsock_close(&c->ack->vsock);
 	free(c->ack);
 	c->ack = NULL;
 }
@@ -119,7 +127,8 @@ static int put_into(void *arg, const void *bytes, size_t len, unsigned at)
 
 static int add_port(const struct ffs_restore_ack *a, const struct ffs_ack_box *b, uint8_t *page, struct ffs_error *err)
 {
-	char with_port[FFS_MAILBOX_PAYLOAD_MAX];
+	char with_port[FFS_MAILBOX_PAYLOAD_MAX], with_both[FFS_MAILBOX_PAYLOAD_MAX];
+	size_t most = ffs_mailbox_layout(b->kind)->payload_max;
 	uint8_t epoch[16];
 	const void *payload;
 	struct ffs_span object;
@@ -133,12 +142,27 @@ static int add_port(const struct ffs_restore_ack *a, const struct ffs_ack_box *b
 
 	if (got < 0)
 		return got;
-	n = ffs_json_add_port(object, a->port, with_port, ffs_mailbox_layout(b->kind)->payload_max, err);
+	n = ffs_json_add_port(object, FFS_ACK_PORT_KEY, a->port, with_port, most, err);
+	const char *text = with_port;
+
+	if (n >= 0 && a->vsock.sock >= 0) {
+		struct ffs_error why = {0};
+		ssize_t both = ffs_json_add_port((struct ffs_span){with_port, (size_t)n}, FFS_ACK_VSOCK_PORT_KEY, FFS_ACK_VSOCK_PORT,
+			with_both, most, &why);
+
+		/* when the fork was made there had to be room for one port only: then the other ways are left */
+		if (both >= 0) {
+			n = both;
+			text = with_both;
+		} else if (both != -EFBIG) {
+			n = ffs_error_set(err, why.code, "%s", why.text);
+		}
+	}
 	if (n < 0) {
 		ffs_error_prefix(err, "mailbox %s", b->name);
 		return (int)n;
 	}
-	return ffs_mailbox_write(b->kind, with_port, (size_t)n, a->wait.epoch, flags | FFS_MAILBOX_WANTS_ACK, put_into, page);
+	return ffs_mailbox_write(b->kind, text, (size_t)n, a->wait.epoch, flags | FFS_MAILBOX_WANTS_ACK, put_into, page);
 }
 
 int ffs_restore_ack_page(const struct ffs_restore *r, const struct ffs_child *c, uint64_t offset, uint64_t at, void *page,
@@ -207,11 +231,12 @@ static int await(struct ffs_child *c, enum ffs_mailbox_kind kind, struct ffs_err
 
 	for (;;) {
 		bool ended = ffs_child_ended(c);
-		struct pollfd p[2] = {{.fd = c->pidfd, .events = POLLIN}, {.fd = a->sock, .events = POLLIN}};
+		struct pollfd p[3 + FFS_ACK_VSOCK_PEERS] = {{.fd = c->pidfd, .events = POLLIN}, {.fd = a->sock, .events = POLLIN}};
 		int look = a->looks++ < LOOKS_SOON ? SOON_MS : LATER_MS, until;
 		uint64_t next;
 
 		receive(a);
+		ffs_ack_vsock_receive(&a->vsock, &a->wait, a->looked_ns);
 		look_at_pages(c, a);
 		a->looked_ns = ffs_now_ns();
 		next = ffs_ack_expire(&a->wait, a->looked_ns);
@@ -222,7 +247,7 @@ static int await(struct ffs_child *c, enum ffs_mailbox_kind kind, struct ffs_err
 		if (ended)
 			return ffs_error_set(err, ECONNRESET, "the VM ended before its mailboxes were acknowledged");
 		until = ffs_ms_until(next);
-		if (poll(p, 2, until < look ? until : look) < 0 && errno != EINTR)
+		if (poll(p, 2 + ffs_ack_vsock_poll(&a->vsock, p + 2), until < look ? until : look) < 0 && errno != EINTR)
 			return ffs_error_errno(err, errno, "acknowledgements cannot be waited for");
 	}
 }
@@ -243,12 +268,14 @@ static int await_mailboxes(struct ffs_restore *r, struct ffs_child *c, struct ff
 struct hook {
 	const char *before_point, *after_point; /* of fault injection */
 	int (*before)(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
+	int (*loaded)(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
 	int (*after_resume)(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
 	void (*close)(struct ffs_restore *r, struct ffs_child *c);
 };
 
 static const struct hook hooks[] = {
 	{.before_point = "restore-port", .after_point = "restore-port-after", .before = open_port, .close = close_port},
+	{.before_point = "restore-vsock", .after_point = "restore-vsock-after", .loaded = open_vsock},
 	{.before_point = "restore-network", .after_point = "restore-network-after", .after_resume = await_network},
 	{.before_point = "restore-mailbox", .after_point = "restore-mailbox-after", .after_resume = await_mailboxes},
 };
@@ -269,6 +296,16 @@ int ffs_restore_hooks_before(struct ffs_restore *r, struct ffs_child *c, struct 
 		if (!got && hooks[i].before)
 			got = hooks[i].before(r, c, err);
 	}
+	return got;
+}
+
+int ffs_restore_hooks_loaded(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
+{
+	int got = 0;
+
+	for (size_t i = 0; !got && c->ack && i < FFS_ARRAY_LEN(hooks); i++)
+		if (hooks[i].loaded)
+			got = hooks[i].loaded(r, c, err);
 	return got;
 }
 

@@ -1,5 +1,5 @@
 /* Children of VMMs that speak the small API of docs/vmm.md. Such a VMM has no command line that forkfs knows: the host's
- * configuration (or the caller, after --) says it, with {memory}, {vmstate}, {api} and {dir} where those go.
+ * configuration (or the caller, after --) says it, with {memory}, {vmstate}, {api}, {vsock} and {dir} where those go.
  *
  * One thread a child (restore.h); no locks. */
 #include "restore-api.h"
@@ -153,15 +153,18 @@ static int plan(struct ffs_restore *r, struct ffs_error *err)
 
 static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
 {
-	char memory[32], vmstate[32], mib[32], number[16], api[160] = SOCKET;
+	char memory[32], vmstate[32], mib[32], number[16], api[160] = SOCKET, vsock[160] = FFS_CHILD_VSOCK;
 	const struct ffs_restore_word words[] = {{"memory", memory}, {"vmstate", vmstate}, {"api", api}, {"dir", c->dir},
-		{"memory_mib", mib}, {"number", number}};
+		{"memory_mib", mib}, {"number", number}, {"vsock", vsock}};
 
 	snprintf(memory, sizeof(memory), "/proc/self/fd/%d", FFS_CHILD_MEMORY);
 	snprintf(vmstate, sizeof(vmstate), "/proc/self/fd/%d", FFS_CHILD_VMSTATE);
 	snprintf(mib, sizeof(mib), "%llu", (unsigned long long)(r->memory_size >> 20));
 	snprintf(number, sizeof(number), "%u", c->number);
 	ffs_restore_api_socket(c, api);
+	c->vsock = says(r, "{vsock}");
+	if (c->vsock && c->dir[0])
+		ffs_child_socket(c, "vsock", FFS_CHILD_VSOCK, vsock);
 	ffs_argv_add(out, r->conf.binary);
 	for (unsigned i = 0; i < r->conf.arg.n + r->n_user_args; i++) {
 		_cleanup_free_ char *word = ffs_restore_expand(

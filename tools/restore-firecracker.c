@@ -206,8 +206,9 @@ static int add_vsock(struct ffs_child *c, struct json_object *body, struct ffs_e
 	if (!got && sscanf(ffs_json_string(root, "vmm_version"), "%u.%u", &major, &minor) == 2 &&
 		(major > 1 || (major == 1 && minor >= 16))) {
 		o = json_object_new_object();
-		ffs_child_socket(c, "vsock", "vsock", path);
-		ffs_child_name(c, "vsock", path);
+		ffs_child_socket(c, "vsock", FFS_CHILD_VSOCK, path);
+		ffs_child_name(c, FFS_CHILD_VSOCK, path);
+		c->vsock = true;
 		json_object_object_add(o, "uds_path", json_object_new_string(path));
 		json_object_object_add(body, "vsock_override", o);
 	}

@@ -57,8 +57,10 @@ int ffs_restore_load(struct ffs_restore *r, struct ffs_child *c, const struct ff
 
 int ffs_restore_run(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
 {
-	int got = ffs_restore_fork_write(r, c, err);
+	int got = ffs_restore_hooks_loaded(r, c, err);
 
+	if (!got)
+		got = ffs_restore_fork_write(r, c, err);
 	ffs_restore_hooks_resuming(c);
 	if (!got && !r->paused)
 		got = r->ops->run(r, c, err);

@@ -8,6 +8,7 @@
  *   restore-prefetch.c   the working set: what the first of them touches is read ahead for later ones
  *   restore-fork.c       a fork's own pages, written into its children
  *   restore-ack.c        what is handed over: the acknowledgements of a fork's mailboxes
+ *   restore-ack-vsock.c  those that come by vsock
  *   restore-agent.c      the wait until the agent in its guest is healthy
  *   restore-conf.c       which program, with which options of the host (/etc/forkfs/vmm.d)
  *   restore-qemu*.c      kind qemu            restore-api.c   kind coop, and what VMMs with an HTTP API share
@@ -203,9 +204,10 @@ int ffs_restore_ack_read(struct ffs_restore *r, struct json_object *status, stru
 int ffs_restore_ack_page(const struct ffs_restore *r, const struct ffs_child *c, uint64_t offset, uint64_t at, void *page,
 	struct ffs_error *err);
 /* The hooks of a child, in their order; nothing where nothing is to be acknowledged. before: there is no process yet.
- * resuming: it will run, time begins. after_resume: it runs; -ETIMEDOUT: it has not acknowledged, -ECONNRESET: it has
+ * loaded: it is where the branch was taken, and does not run; its pages are not written yet. resuming: it will run, time begins. after_resume: it runs; -ETIMEDOUT: it has not acknowledged, -ECONNRESET: it has
  * ended. close: in any case, once. */
 int ffs_restore_hooks_before(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
+int ffs_restore_hooks_loaded(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
 void ffs_restore_hooks_resuming(struct ffs_child *c);
 int ffs_restore_hooks_after_resume(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
 void ffs_restore_hooks_close(struct ffs_restore *r, struct ffs_child *c);
@@ -228,6 +230,7 @@ int ffs_restore_agent_await(struct ffs_restore *r, struct ffs_child *c, struct f
 /* Descriptors that a child inherits, by their number there. */
 enum { FFS_CHILD_MEMORY = 3, FFS_CHILD_VMSTATE = 4, FFS_CHILD_CONTROL = 5, FFS_CHILD_FIRST_DISK = 6 };
 #define FFS_CHILD_FDS 24 /* from 3 on */
+#define FFS_CHILD_VSOCK "vsock"
 
 struct ffs_child {
 	unsigned number; /* from 1 */
@@ -241,6 +244,7 @@ struct ffs_child {
 	int control;                /* our end of what the kind talks over; -1: none */
 	void *talk;                 /* of the kind, from load to let_go */
 	struct ffs_restore_ack *ack; /* of the hooks; NULL: nothing is to be acknowledged */
+	bool vsock; /* FFS_CHILD_VSOCK beside its other sockets is the host's end of its vsock, as Firecracker has it; from load on */
 	char *agent;                 /* the socket of its guest's agent; NULL: not looked for */
 	pid_t pid;
 	int pidfd;

@@ -206,6 +206,29 @@ enum ffs_ack_verdict ffs_ack_offer(struct ffs_ack_wait *w, const char *text, siz
 	return v;
 }
 
+unsigned ffs_ack_feed(
+	struct ffs_ack_wait *w, struct ffs_ack_stream *s, const char *bytes, size_t len, uint64_t now_ns)
+{
+	unsigned n = 0;
+
+	for (size_t i = 0; i < len; i++)
+		if (bytes[i] == '\n') {
+			ffs_ack_offer(w, s->text, s->len, now_ns);
+			s->len = 0;
+			n++;
+		} else if (s->len < sizeof(s->text)) {
+			s->text[s->len++] = bytes[i];
+		}
+	return n;
+}
+
+void ffs_ack_feed_end(struct ffs_ack_wait *w, struct ffs_ack_stream *s)
+{
+	if (s->len)
+		w->count[FFS_ACK_MALFORMED]++;
+	s->len = 0;
+}
+
 static void put_u32(uint8_t *p, uint32_t v)
 {
 	for (unsigned i = 0; i < 4; i++)

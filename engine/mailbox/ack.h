@@ -64,6 +64,17 @@ int ffs_ack_add(struct ffs_ack_wait *w, enum ffs_mailbox_kind kind, const char *
 void ffs_ack_begin(struct ffs_ack_wait *w, uint64_t now_ns);
 /* A text has come. */
 enum ffs_ack_verdict ffs_ack_offer(struct ffs_ack_wait *w, const char *text, size_t len, uint64_t now_ns);
+/* The same of texts that come as a stream, each ended by a newline: what has no end is no text, for it could be the
+ * beginning of another. Zero-initialised. */
+struct ffs_ack_stream {
+	char text[FFS_ACK_TEXT_MAX + 1];
+	size_t len; /* what is longer is cut here, and still too long */
+};
+/* So much of it has come: how many texts were in it, whatever they were. */
+unsigned ffs_ack_feed(
+	struct ffs_ack_wait *w, struct ffs_ack_stream *s, const char *bytes, size_t len, uint64_t now_ns);
+/* It is over: half a text is malformed. */
+void ffs_ack_feed_end(struct ffs_ack_wait *w, struct ffs_ack_stream *s);
 /* The acknowledgement in the frame of box i, FFS_ACK_WORD_LEN bytes at FFS_ACK_WORD_AT of its page, as they are
  * now. FFS_ACK_OTHER: none yet. */
 #define FFS_ACK_WORD_AT 232u

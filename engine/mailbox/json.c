@@ -444,16 +444,16 @@ bool ffs_json_element(struct ffs_span array, unsigned i, struct ffs_span *value)
 }
 
 ssize_t ffs_json_add_port(
-	struct ffs_span object, unsigned port, char *out, size_t room, struct ffs_error *err)
+	struct ffs_span object, const char *key, unsigned port, char *out, size_t room, struct ffs_error *err)
 {
 	struct ffs_span old, head, tail;
-	char text[40];
-	unsigned n = ffs_json_member(object, "ack_port", &old);
+	char text[60];
+	unsigned n = ffs_json_member(object, key, &old);
 	const char *end = object.at + object.len;
 	int len;
 
 	if (n > 1)
-		return ffs_error_set(err, EINVAL, "the payload has %u members 'ack_port'", n);
+		return ffs_error_set(err, EINVAL, "the payload has %u members '%s'", n, key);
 	if (n) {
 		head = (struct ffs_span){object.at, (size_t)(old.at - object.at)};
 		tail = (struct ffs_span){old.at + old.len, (size_t)(end - old.at) - old.len};
@@ -463,12 +463,12 @@ ssize_t ffs_json_add_port(
 
 		head = (struct ffs_span){object.at, 1};
 		tail = (struct ffs_span){object.at + 1, object.len - 1};
-		len = snprintf(text, sizeof(text), "\"ack_port\":%u%s", port, empty ? "" : ",");
+		len = snprintf(text, sizeof(text), "\"%s\":%u%s", key, port, empty ? "" : ",");
 	}
 	if (head.len + (size_t)len + tail.len > room)
 		return ffs_error_set(err, EFBIG,
-			"the payload is too large: %zu bytes with its ack_port, at most %zu",
-			head.len + (size_t)len + tail.len, room);
+			"the payload is too large: %zu bytes with its %s, at most %zu",
+			head.len + (size_t)len + tail.len, key, room);
 	memcpy(out, head.at, head.len);
 	memcpy(out + head.len, text, (size_t)len);
 	memcpy(out + head.len + len, tail.at, tail.len);

@@ -169,10 +169,12 @@ int ffs_json_object(const char *text, size_t len, struct ffs_span *object, struc
 unsigned ffs_json_member(struct ffs_span object, const char *key, struct ffs_span *value);
 /* An element of a checked array; false: it has no so many. */
 bool ffs_json_element(struct ffs_span array, unsigned i, struct ffs_span *value);
-/* Insert `"ack_port":PORT` into a checked object (or replace its value where it has one) by an edit of its
- * bytes. Bytes of the result, which may be as long as `room` at most; -EFBIG; -EINVAL: it has several. */
+/* Insert `"KEY":PORT` into a checked object (or replace its value where it has one) by an edit of its bytes; the key needs
+ * no escapes. Bytes of the result, which may be as long as `room` at most; -EFBIG; -EINVAL: it has several. */
+#define FFS_ACK_PORT_KEY "ack_port"             /* of UDP */
+#define FFS_ACK_VSOCK_PORT_KEY "ack_vsock_port" /* of the host, by vsock */
 ssize_t ffs_json_add_port(
-	struct ffs_span object, unsigned port, char *out, size_t room, struct ffs_error *err);
+	struct ffs_span object, const char *key, unsigned port, char *out, size_t room, struct ffs_error *err);
 
 /* The page of a frame as a fork has it: `page` is the branch's, and gets the checked object `payload`. wants_ack: with
  * its flag, and with `port` as the payload's ack_port (0: none). 0 or -errno (-EFBIG: no room), and the page is spoilt. */

@@ -20,7 +20,7 @@ int ffs_mailbox_lay(enum ffs_mailbox_kind kind, struct ffs_span payload, const u
 
 	if (!r && wants_ack && port) {
 		ssize_t n = ffs_json_add_port(
-			payload, port, with_port, ffs_mailbox_layout(kind)->payload_max, err);
+			payload, FFS_ACK_PORT_KEY, port, with_port, ffs_mailbox_layout(kind)->payload_max, err);
 
 		r = n < 0 ? (int)n : 0;
 		payload = (struct ffs_span){with_port, n < 0 ? 0 : (size_t)n};

@@ -122,6 +122,12 @@ if [ ! -d "$out" ]; then
 	# what an initrd of the agent has beside it: forkfs_test/agent.py packs it
 	mkdir -p "$work/out/agent"/{bin,modules}
 	cp "$busybox"/bin/busybox "$work/out/agent/bin/"
+	cp "$root/init" "$work/out/agent/bin/hear"
+	# not loaded: a test does that
+	for name in vsock vmw_vsock_virtio_transport_common vsock_loopback; do
+		module=$(find "$tree/lib/modules" -name "$name.ko*")
+		[ -z "$module" ] || cp "$module" "$work/out/agent/modules/"
+	done
 	for name in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk virtio_console failover net_failover virtio_net; do
 		module=$(find "$tree/lib/modules" -name "$name.ko*")
 		if [ -n "$module" ]; then

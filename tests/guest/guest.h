@@ -20,3 +20,4 @@ int stall_main(int argc, char **argv);
 int journal_main(int argc, char **argv);
 int mailbox_main(int argc, char **argv);
 int decoy_main(int argc, char **argv);
+int hear_main(int argc, char **argv);

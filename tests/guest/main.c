@@ -69,7 +69,7 @@ int main(int argc, char **argv)
 		int (*main)(int argc, char **argv);
 	} parts[] = {{"init", init_main}, {"counter", counter_main}, {"load", load_main},
 		{"selfcheck", selfcheck_main}, {"stall", stall_main}, {"journal", journal_main},
-		{"mailbox", mailbox_main}, {"decoy", decoy_main}};
+		{"mailbox", mailbox_main}, {"decoy", decoy_main}, {"hear", hear_main}};
 	const char *name = basename(argv[0]);
 
 	for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++)

@@ -7,6 +7,7 @@ import socket
 import struct
 
 from forkfs_test import agent, children, rig
+from forkfs_test.case import Skip
 from forkfs_test.mailbox import MAGIC, frame
 
 FORKS = 10
@@ -156,6 +157,28 @@ def test_command(case):
             Page(service_memory(process.pid), "config").put(b"{}", bytes(range(16)))
         agent.wait_text(case.dir / f"{name}.log", said)
         assert agent.run(case, path, "echo", "there").out == "there\n"
+
+
+def test_vsock(case):
+    """The ACK of a Linux guest by vsock, at the port that the payload names: the guest itself has that port here, by the kernel's loopback.
+    Where nobody listens nothing is said, for the host has heard of it in another way."""
+    guest = case.guest(agent=True, mib=128, run=[], append="forkfs.mailbox=config forkfs.on_mailbox=true").booted()
+    for module in ("vsock", "vmw_vsock_virtio_transport_common", "vsock_loopback"):
+        if agent.shell(case, guest, f"ls /modules/{module}.ko && insmod /modules/{module}.ko", check=False).code:
+            raise Skip(f"this guest's kernel has no {module}")
+    page = Page((guest.memfd(), [(0, 128 << 20)]), "config")
+    first, second = bytes(range(16)), bytes(range(1, 17))
+    page.put(b'{"ack_vsock_port":5242}', first)
+    agent.wait_for(lambda: page.word()[0] == 1, "no ACK in the page")
+    agent.shell(case, guest, "setsid hear port=70000 > /tmp/heard & while ! grep -q ready /tmp/heard; do sleep 0.02; done")
+    page.put(b'{"x":{"ack_vsock_port":1},"ack_vsock_port" : 70000}', second, flags=1)
+
+    def heard():
+        return agent.shell(case, guest, "cat /tmp/heard").out.splitlines()[1:]
+
+    agent.wait_for(heard, "no ACK by vsock")
+    assert heard() == [f"hear stage=applied mailbox=config epoch={second.hex()}"], heard()
+    assert not guest.console.all("vsock port"), guest.console.all("vsock port")
 
 
 def test_gateway(case):

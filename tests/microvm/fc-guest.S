@@ -2,7 +2,8 @@
  * rsi = boot_params and the first GiB mapped.
  *
  * The command line begins with two decimal numbers, in MiB: where the slice is, and its size; then comes "mailbox" when
- * there is one, of the name config and the token s3cret, or "devices" for those that fc-virtio.c drives, or "f" and
+ * there is one, of the name config and the token s3cret, or "devices" for those that fc-virtio.c drives, or "vsock-mailbox" when its
+ * vsock is for the ACKs of its mailbox, or "silent" for a mailbox without any, or "f" and
  * the size of the memory in MiB, all of which behind the slice is then touched once. It makes page tables of its own for 16 GiB, and goes to ring 3 with IOPL 3: a hypervisor without hardware support emulates ring 0 instruction
  * by instruction. */
 #include "machine.h"
@@ -20,8 +21,17 @@ _start:	lea	stack_end(%rip), %rsp
 	mov	%rax, %r14
 	xor	%r10d, %r10d
 	cmpb	$'m', (%rsi)
+	je	14f
+	cmpb	$'s', (%rsi)
+	jne	12f
+	mov	$IS_SILENT, %r10d
+	jmp	14f
+12:	cmpb	$'v', (%rsi)
 	jne	7f
-	mov	$HAS_MAILBOX, %r10d
+	mov	$HAS_DEVICES, %r10d
+	movq	$devices, GPA_HOOK
+	movb	$1, by_vsock
+14:	or	$HAS_MAILBOX, %r10d
 	movabs	$0x73006769666e6f63, %rax	/* "config\0s3cret" */
 	mov	%rax, GPA_MAILBOX + MAILBOX_NAME
 	movabs	$0x7465726333, %rax

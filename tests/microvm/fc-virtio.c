@@ -4,6 +4,9 @@
  *   vsock open   a connection to port PORT of the host; it is tried again and again. Numbers are sent that come back, one at a time
  *   vsock lost   an open connection is over
  *   vsock N      so many numbers came back
+ *   mail EPOCH PAYLOAD   by_vsock: what was in the mailbox. No numbers are sent then: the connection is to the port that the
+ *                payload names, for its ACK, which the page does not get
+ *   vsock acknowledged   the host has closed that connection
  *   DISK MISMATCH, VSOCK MISMATCH   what came is not what should
  *
  * Ring 3 with port access, one vCPU, memory mapped as it is; no SSE, whose registers are the judge's. Called between two of its
@@ -15,9 +18,10 @@
 
 #define ENTRIES 8
 #define SECTORS 64
+#define MAILBOX(field) (GPA_MAILBOX + (uintptr_t)MAILBOX_##field)
 #define SAY_EACH 64
 #define HOST 2
-#define PORT 52
+#define PORT 52 /* but for an ACK */
 #define QUIET_POLLS 2000 /* after a refused connection, so that the host is not asked at each step */
 
 enum { DEVICE = 0x08, FEATURES = 0x20, FEATURES_SEL = 0x24, QUEUE = 0x30, SIZE = 0x38, READY = 0x44, NOTIFY = 0x50, STATUS = 0x70,
@@ -55,6 +59,7 @@ struct packet {
 	uint8_t room[200];
 } __attribute__((packed));
 #define HEADER 44
+#define TEXT_AT HEADER /* data and room are one: the text of an ACK */
 enum { REQUEST = 1, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST };
 
 static volatile struct queue blk_queue, vsock_queue[3];
@@ -70,6 +75,10 @@ static volatile uint32_t event[ENTRIES];
 static uint64_t written, echoed, cid;
 static bool began, blk_busy, blk_reading, tx_busy, is_open, asked;
 static uint32_t port = 1024, received, quiet;
+/* The mailbox is ours; where its ACK goes, 0: nowhere, and the ACK. */
+bool by_vsock;
+static uint32_t ack_port, ack_len;
+static char ack_text[140];
 
 /* ---- words ---- */
 
@@ -214,24 +223,43 @@ static void send(uint32_t from, uint32_t to, uint16_t op, uint32_t len)
 	tx.flags = 0;
 	tx.buf_alloc = 65536;
 	tx.fwd_cnt = received;
-	tx.data = echoed + 1;
+	if (!by_vsock)
+		tx.data = echoed + 1;
 	describe(&vsock_queue[TX], 0, &tx, HEADER + len, 0);
 	tx_busy = true;
 	offer(&vsock_queue[TX], 0);
 	set(vsock, NOTIFY, TX);
 }
 
-static void lose(void)
+static void lose(bool heard)
 {
-	if (is_open)
+	if (is_open && by_vsock && heard) {
+		say("vsock acknowledged\n");
+		ack_port = 0;
+	} else if (is_open) {
 		say("vsock lost\n");
+	}
 	is_open = asked = false;
 	port++;
 }
 
+static uint32_t host_port(void)
+{
+	return by_vsock ? ack_port : PORT;
+}
+
+static void send_ack(void)
+{
+	volatile char *to = (volatile char *)&tx + TEXT_AT;
+
+	for (unsigned i = 0; i < ack_len; i++)
+		to[i] = ack_text[i];
+	send(port, ack_port, RW, ack_len);
+}
+
 static void take_packet(volatile struct packet *p)
 {
-	if (p->dst_port != port || p->src_port != PORT) {
+	if (p->dst_port != port || p->src_port != host_port()) {
 		/* of a connection that is over */
 		if (p->op != RST)
 			send(p->dst_port, p->src_port, RST, 0);
@@ -242,7 +270,10 @@ static void take_packet(volatile struct packet *p)
 		is_open = true;
 		received = 0;
 		say("vsock open\n");
-		send(port, PORT, RW, 8);
+		if (by_vsock)
+			send_ack();
+		else
+			send(port, PORT, RW, 8);
 		break;
 	case RW:
 		received += p->len;
@@ -254,15 +285,15 @@ static void take_packet(volatile struct packet *p)
 		send(port, PORT, RW, 8);
 		break;
 	case CREDIT_REQUEST:
-		send(port, PORT, CREDIT_UPDATE, 0);
+		send(port, host_port(), CREDIT_UPDATE, 0);
 		break;
 	case SHUTDOWN:
-		send(port, PORT, RST, 0);
-		lose();
+		send(port, host_port(), RST, 0);
+		lose(true);
 		break;
 	case RST:
 		quiet = QUIET_POLLS;
-		lose();
+		lose(true);
 		break;
 	}
 }
@@ -273,7 +304,7 @@ static void poll_vsock(void)
 
 	/* a reset of the transport: whatever was open is over. What was on its way may have to be asked for again */
 	if (i >= 0) {
-		lose();
+		lose(false);
 		cid = get(vsock, CONFIG);
 		offer(&vsock_queue[EVENTS], (unsigned)i);
 		set(vsock, NOTIFY, EVENTS);
@@ -289,10 +320,67 @@ static void poll_vsock(void)
 		set(vsock, NOTIFY, RX);
 	} else if (!asked && quiet) {
 		quiet--;
-	} else if (!asked) {
+	} else if (!asked && host_port()) {
 		asked = true;
-		send(port, PORT, REQUEST, 0);
+		send(port, host_port(), REQUEST, 0);
 	}
+}
+
+/* ---- the mailbox ---- */
+
+static void append(const char *text, unsigned len)
+{
+	while (len-- && ack_len < sizeof(ack_text))
+		ack_text[ack_len++] = *text++;
+}
+
+/* The number behind a key that is in the payload once: 0, there is none. */
+static uint32_t number_of(const char *key)
+{
+	const char *payload = (const char *)MAILBOX(PAYLOAD);
+	uint32_t len = *(volatile uint32_t *)MAILBOX(LENGTH), n = 0;
+
+	for (unsigned at = 0, i; at < len; at++) {
+		for (i = 0; key[i] && at + i < len && payload[at + i] == key[i]; i++)
+			;
+		if (key[i])
+			continue;
+		for (i += at; i < len && payload[i] >= '0' && payload[i] <= '9'; i++)
+			n = n * 10 + (uint32_t)(payload[i] - '0');
+		return n;
+	}
+	return 0;
+}
+
+static void poll_mailbox(void)
+{
+	static const char digits[] = "0123456789abcdef";
+	volatile uint32_t *seq = (volatile uint32_t *)MAILBOX(SEQ);
+	const char *name = (const char *)MAILBOX(NAME);
+	unsigned len = 0;
+	char hex[32];
+
+	if (!*seq)
+		return;
+	for (unsigned i = 0; i < sizeof(hex); i++)
+		hex[i] = digits[*(uint8_t *)MAILBOX(EPOCH + i / 2) >> (i % 2 ? 0 : 4) & 15];
+	while (name[len])
+		len++;
+	say("mail ");
+	for (unsigned i = 0; i < sizeof(hex); i++)
+		put(hex[i]);
+	put(' ');
+	for (uint32_t i = 0; i < *(volatile uint32_t *)MAILBOX(LENGTH); i++)
+		put(*(char *)MAILBOX(PAYLOAD + i));
+	put('\n');
+	ack_len = 0;
+	append("mailbox=", 8);
+	append(name, len);
+	append(" epoch=", 7);
+	append(hex, sizeof(hex));
+	append(" stage=applied\n", 15);
+	ack_port = number_of("\"ack_vsock_port\":");
+	*seq = 0;
 }
 
 /* ---- all of them ---- */
@@ -332,6 +420,8 @@ void virtio_poll(void)
 	}
 	if (blk)
 		poll_drive();
+	if (by_vsock)
+		poll_mailbox();
 	if (vsock)
 		poll_vsock();
 }

@@ -6,12 +6,12 @@
  * if not. A page of sweep g holds hash(page) * g in three words. So one of another instant is found in a sweep.
  *
  * On entry: r15 slice, r14 its pages, rbx the power of two not below them, minus 1, rbp key (odd), r9 seed, r11
- * idle loops a step, rdi '0' + vCPU (and HAS_MAILBOX, HAS_DEVICES), rsp stack; r8, r13 zero. Then: r8 steps, r12 place, r13 g,
+ * idle loops a step, rdi '0' + vCPU (and HAS_MAILBOX, HAS_DEVICES, IS_SILENT), rsp stack; r8, r13 zero. Then: r8 steps, r12 place, r13 g,
  * in xmm0 too, xmm1 the epoch that the mailbox had last.
  *
  * With a mailbox it looks at seq before every step, and says what it finds there: "mail EPOCH PAYLOAD", with
  * "again" in place of the epoch when it is the last one's, or "mail damaged". It acknowledges in the page what wants
- * that. Then the mailbox is free for the next. A fork's child has its payload there when it wakes up. */
+ * that, unless it is silent. Then the mailbox is free for the next. A fork's child has its payload there when it wakes up. */
 #include "machine.h"
 
 /* rax: place -> page of this sweep; may be behind the last one, as the bijection is of a power of two */
@@ -64,6 +64,9 @@ guest_begin:
 	mov	%al, GPA_MAILBOX - 1(%rcx)
 	dec	%ecx
 	jnz	9b
+	test	$HAS_DEVICES, %edi	/* then what is called before each step looks into it */
+	jz	sweep
+	and	$~HAS_MAILBOX, %edi
 sweep:	inc	%r13
 	movq	%r13, %xmm0
 	xor	%r12d, %r12d
@@ -196,6 +199,8 @@ mail:	mov	$SERIAL_PORT, %edx
 	put	'\n'
 	testb	$MAILBOX_WANTS_ACK, GPA_MAILBOX + MAILBOX_FLAGS
 	jz	5f
+	test	$IS_SILENT, %edi
+	jnz	5f
 	mov	$-1, %eax		/* of the epoch and the name */
 	mov	$GPA_MAILBOX + MAILBOX_EPOCH, %esi
 	mov	$16, %ecx

@@ -20,7 +20,8 @@
 #define SERIAL_PORT 0x3f8
 #define REPORT_STEPS 0x10000 /* a line "ok VCPU STEPS" each that many steps */
 #define HAS_MAILBOX 0x100    /* in rdi */
-#define HAS_DEVICES 0x200    /* in rdi: Firecracker only */
+#define HAS_DEVICES 0x200    /* in rdi: Firecracker only; a mailbox is theirs then */
+#define IS_SILENT 0x400      /* in rdi: the mailbox's page gets no ACK */
 #define MAILBOX_NAME 24      /* within the page, all of these */
 #define MAILBOX_CRC 224
 #define MAILBOX_FLAGS 228

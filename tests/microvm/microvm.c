@@ -5,7 +5,7 @@
  * hugetlb), work (MiB the guest writes; default: seven eighths of the memory), fill (1: the rest of them is
  * resident too), spin (idle loops after each step), paused (1: does not start by itself), restore (a
  * memory.bin, mapped privately) with vmstate (a file), api (path of another control socket: examples/coop)
- * with regions (as how many pieces it announces its memory), mailbox (NAME,TOKEN: the guest publishes it). The
+ * with regions (as how many pieces it announces its memory), mailbox (NAME,TOKEN: the guest publishes it), silent (1: and acknowledges nothing). The
  * serial port is stdout: lines "ok VCPU STEPS", "MISMATCH VCPU ADDRESS" when memory is not what the registers
  * say, and "mail EPOCH PAYLOAD" (guest.S). Without KVM: "SKIP: why", exit code 77.
  *
@@ -243,7 +243,7 @@ static void boot_vcpu(unsigned i, uint64_t slice, uint64_t pages, uint64_t spin)
 }
 
 /* What the guest makes a frame of, and vCPU 0's word that there is one. */
-static void give_mailbox(const char *text)
+static void give_mailbox(const char *text, bool silent)
 {
 	char *at = (char *)memory + GPA_MAILBOX + MAILBOX_NAME;
 	size_t name = strcspn(text, ","), token = text[name] ? strlen(text + name + 1) : 0;
@@ -252,11 +252,11 @@ static void give_mailbox(const char *text)
 		errx(2, "--mailbox=NAME,TOKEN");
 	memcpy(at, text, name);
 	memcpy(at + name + 1, text + name + 1, token);
-	state.cpu[0].regs.rdi |= HAS_MAILBOX;
+	state.cpu[0].regs.rdi |= HAS_MAILBOX | (silent ? IS_SILENT : 0);
 }
 
 /* Accessed and dirty bits are set from the start: KVM has no reason to write the page tables. */
-static void boot(uint64_t work, bool fill, uint64_t spin, const char *mailbox)
+static void boot(uint64_t work, bool fill, uint64_t spin, const char *mailbox, bool silent)
 {
 	uint64_t *table = (uint64_t *)memory, end = state.memory / 8 * 7 & ~4095ull;
 	uint64_t size = work ? work : end - GPA_SLICES, slice = size / state.vcpus & ~4095ull;
@@ -274,7 +274,7 @@ static void boot(uint64_t work, bool fill, uint64_t spin, const char *mailbox)
 	for (unsigned i = 0; i < state.vcpus; i++)
 		boot_vcpu(i, GPA_SLICES + i * slice, slice / 4096 - 1, spin);
 	if (mailbox)
-		give_mailbox(mailbox);
+		give_mailbox(mailbox, silent);
 }
 
 /* ---- the machine ---- */
@@ -507,7 +507,7 @@ int main(int argc, char **argv)
 	make_machine();
 	if (!restore)
 		boot(number(argv, "--work", "0") * MIB, number(argv, "--fill", "0"),
-			number(argv, "--spin", "0"), option(argv, "--mailbox", NULL));
+			number(argv, "--spin", "0"), option(argv, "--mailbox", NULL), number(argv, "--silent", "0"));
 	start_vcpus();
 	if (!number(argv, "--paused", "0"))
 		set_paused(false);

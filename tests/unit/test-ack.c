@@ -100,6 +100,44 @@ static void test_bytes(void **state)
 	}
 }
 
+/* What comes in pieces, of any length: the same verdicts, and what has no end is none. */
+static void test_stream(void **state)
+{
+	static const char said[] = "stage=applied mailbox=v10\nepoch=" HEX " mailbox=v1 stage=applied\n\nstage=applied mailbox=other epoch=" HEX;
+	char big[3 * FFS_ACK_TEXT_MAX];
+
+	for (size_t piece = 1; piece <= sizeof(said); piece++) {
+		struct ffs_ack_wait w = waiter();
+		struct ffs_ack_stream s = {0};
+		unsigned n = 0;
+
+		for (size_t at = 0; at < sizeof(said) - 1; at += piece)
+			n += ffs_ack_feed(&w, &s, said + at, sizeof(said) - 1 - at < piece ? sizeof(said) - 1 - at : piece, BEGAN);
+		assert_int_equal(n, 3);
+		assert_int_equal(w.count[FFS_ACK_TAKEN], 1);
+		assert_int_equal(w.count[FFS_ACK_OTHER], 1);
+		assert_int_equal(w.count[FFS_ACK_MALFORMED], 1);
+		assert_int_equal(w.box[0].state, FFS_ACK_APPLIED);
+		assert_int_equal(w.box[1].state, FFS_ACK_PENDING);
+		ffs_ack_feed_end(&w, &s);
+		ffs_ack_feed_end(&w, &s);
+		assert_int_equal(w.count[FFS_ACK_MALFORMED], 2);
+		assert_int_equal(w.box[1].state, FFS_ACK_PENDING);
+	}
+	/* 512 bytes and the newline are a text, one more is none, and neither is what is cut from it */
+	for (size_t len = FFS_ACK_TEXT_MAX; len < sizeof(big); len += len < FFS_ACK_TEXT_MAX + 3 ? 1 : 97) {
+		struct ffs_ack_wait w = waiter();
+		struct ffs_ack_stream s = {0};
+
+		memset(big, ' ', len);
+		memcpy(big, "stage=applied mailbox=v1 epoch=" EPOCH, 67);
+		assert_int_equal(ffs_ack_feed(&w, &s, big, len, BEGAN), 0);
+		assert_int_equal(ffs_ack_feed(&w, &s, "\n", 1, BEGAN), 1);
+		assert_int_equal(w.count[FFS_ACK_TAKEN], len == FFS_ACK_TEXT_MAX);
+		assert_int_equal(w.count[FFS_ACK_MALFORMED], len > FFS_ACK_TEXT_MAX);
+	}
+}
+
 static void test_network(void **state)
 {
 	struct ffs_ack_wait w = waiter();
@@ -220,6 +258,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_texts),
 		cmocka_unit_test(test_bytes),
+		cmocka_unit_test(test_stream),
 		cmocka_unit_test(test_network),
 		cmocka_unit_test(test_times),
 		cmocka_unit_test(test_not_begun),

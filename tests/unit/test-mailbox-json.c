@@ -138,12 +138,12 @@ static void check_port(const char *in, const char *want)
 	struct ffs_span o;
 
 	assert_int_equal(ffs_json_object(in, strlen(in), &o, NULL), 0);
-	ssize_t n = ffs_json_add_port(o, 4711, out, sizeof(out), NULL);
+	ssize_t n = ffs_json_add_port(o, FFS_ACK_PORT_KEY, 4711, out, sizeof(out), NULL);
 
 	assert_int_equal(n, strlen(want));
 	assert_memory_equal(out, want, (size_t)n);
 	assert_int_equal(ffs_json_object(out, (size_t)n, &o, NULL), 0);
-	assert_int_equal(ffs_json_add_port(o, 4711, out, (size_t)n - 1, NULL), -EFBIG);
+	assert_int_equal(ffs_json_add_port(o, FFS_ACK_PORT_KEY, 4711, out, (size_t)n - 1, NULL), -EFBIG);
 }
 
 /* Big integers, the order of keys, white space and escapes survive: an edit of bytes. */
@@ -161,7 +161,11 @@ static void test_ack_port(void **state)
 	check_port("{\"ack\\u005fport\":{\"x\":[\"}\"]},\"a\":2}", "{\"ack\\u005fport\":4711,\"a\":2}");
 	check_port("{\"in\":{\"ack_port\":1}}", "{\"ack_port\":4711,\"in\":{\"ack_port\":1}}");
 	assert_int_equal(ffs_json_object(two, strlen(two), &o, NULL), 0);
-	assert_int_equal(ffs_json_add_port(o, 1, out, sizeof(out), NULL), -EINVAL);
+	assert_int_equal(ffs_json_add_port(o, FFS_ACK_PORT_KEY, 1, out, sizeof(out), NULL), -EINVAL);
+	/* the other port is another member */
+	assert_int_equal(ffs_json_object("{\"ack_port\":1}", 14, &o, NULL), 0);
+	assert_int_equal(ffs_json_add_port(o, FFS_ACK_VSOCK_PORT_KEY, 5242, out, sizeof(out), NULL), 36);
+	assert_memory_equal(out, "{\"ack_vsock_port\":5242,\"ack_port\":1}", 36);
 }
 
 static void test_walks(void **state)

@@ -1,5 +1,5 @@
 /* The guest's side of mailboxes, for programs in a VM: publish one, see what the host has written into it.
- * One header, the C library and nothing else. The frame is described in docs/mailbox.md.
+ * One header, the C library and the kernel's headers, and nothing else. The frame is described in docs/mailbox.md.
  *
  *     struct guest_mailbox m;
  *     if (guest_mailbox_publish(&m, "config", "my-token") < 0) …
@@ -19,12 +19,17 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
+
+#include <linux/vm_sockets.h> /* after sys/socket.h */
 
 #define GUEST_MAILBOX_PAGE 4096u
 #define GUEST_MAILBOX_PAYLOAD 3832u
@@ -146,7 +151,38 @@ static inline void guest_mailbox_ack(struct guest_mailbox *m, const uint8_t epoc
 	__atomic_store_n((uint32_t *)(m->page + 232), 1, __ATOMIC_RELEASE);
 }
 
-/* The same as a text, for the port that the payload names ("ack_port"), by UDP or vsock: "stage=applied
+/* The number that a payload has under a key, as "ack_port"; 0: it has none that fits. `text` ends with a NUL. The host has
+ * checked that it is an object; a string that is followed by a colon is a key. */
+static inline uint32_t guest_mailbox_number(const char *text, const char *key)
+{
+	size_t key_len = strlen(key);
+	unsigned depth = 0;
+
+	for (const char *p = text; *p; p++) {
+		const char *begin = p + 1, *value;
+
+		if (*p == '{' || *p == '[')
+			depth++;
+		if (*p == '}' || *p == ']')
+			depth--;
+		if (*p != '"')
+			continue;
+		for (p++; *p && *p != '"'; p++)
+			if (*p == '\\' && p[1])
+				p++;
+		if (!*p)
+			return 0;
+		value = p + 1 + strspn(p + 1, " \t\r\n");
+		if (depth == 1 && *value == ':' && (size_t)(p - begin) == key_len && !memcmp(begin, key, key_len)) {
+			unsigned long long n = strtoull(value + 1, NULL, 10);
+
+			return n <= UINT32_MAX ? (uint32_t)n : 0;
+		}
+	}
+	return 0;
+}
+
+/* The same as a text, for the port that the payload names, "ack_port" by UDP, "ack_vsock_port" by vsock: "stage=applied
  * mailbox=NAME epoch=HEX\n" and a NUL, of at most 140 bytes. Its length. */
 static inline size_t guest_mailbox_ack_text(const struct guest_mailbox *m, const uint8_t epoch[16], char out[140])
 {
@@ -163,6 +199,44 @@ static inline size_t guest_mailbox_ack_text(const struct guest_mailbox *m, const
 	out[len++] = '\n';
 	out[len] = '\0';
 	return len;
+}
+
+/* Once: a connection to that port of the host, the text, and then the host's end of it, which comes when it was read. */
+static inline int guest_mailbox_vsock_once(uint32_t port, const char *text, size_t len)
+{
+	struct sockaddr_vm a = {.svm_family = AF_VSOCK, .svm_port = port, .svm_cid = VMADDR_CID_HOST};
+	struct timeval wait = {.tv_sec = 2};
+	int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0), r = -1, why;
+	char end;
+
+	if (fd < 0)
+		return -1;
+	if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait)) == 0 &&
+		connect(fd, (struct sockaddr *)&a, sizeof(a)) == 0 && send(fd, text, len, MSG_NOSIGNAL) == (ssize_t)len &&
+		recv(fd, &end, 1, 0) == 0)
+		r = 0;
+	why = errno;
+	close(fd);
+	errno = why;
+	return r;
+}
+
+/* Send that text to the port that a payload has as "ack_vsock_port": 0 when the host has read it; -1 and errno: ENODEV,
+ * EAFNOSUPPORT … where there is no vsock, ECONNRESET when the host does not listen (any more), ETIMEDOUT, EAGAIN. Waits for
+ * the host, in tries of at most 2 s each way: a restore resets the transport of vsock, and what was begun just then with it. */
+#define GUEST_MAILBOX_VSOCK_TRIES 20
+static inline int guest_mailbox_vsock(uint32_t port, const char *text, size_t len)
+{
+	int r = -1;
+
+	for (unsigned i = 0; r < 0 && i < GUEST_MAILBOX_VSOCK_TRIES; i++) {
+		if (i)
+			(void)poll(NULL, 0, 10);
+		r = guest_mailbox_vsock_once(port, text, len);
+		if (r < 0 && errno != ECONNRESET && errno != EPIPE && errno != ENOTCONN)
+			break;
+	}
+	return r;
 }
 
 /* Where the VM has a generation id (QEMU's vmgenid) the kernel's driver notices a restore at once, makes its random numbers

@@ -30,7 +30,8 @@ struct box {
 	uint8_t epoch[16]; /* of the last payload */
 	bool had_one;      /* and it had an epoch */
 	uint32_t flags;
-	unsigned port; /* of the host, for a text; 0: none */
+	unsigned port;       /* of the host, for a text by UDP; 0: none */
+	uint32_t vsock_port; /* by vsock */
 	pid_t pid;     /* of the command that has it; 0: none */
 	int born;
 };
@@ -97,41 +98,6 @@ int mailboxes_due_ms(void)
 	return count ? LOOK_MS : -1;
 }
 
-/* ---- what a payload says ---- */
-
-/* The member "ack_port" of a JSON object; 0: there is none. The host has checked that it is an object; a
- * string that is followed by a colon is a key. */
-static unsigned ack_port(const char *text)
-{
-	static const char key[] = "\"ack_port\"";
-	unsigned depth = 0;
-
-	for (const char *p = text; *p; p++) {
-		const char *begin = p;
-
-		if (*p == '{' || *p == '[')
-			depth++;
-		if (*p == '}' || *p == ']')
-			depth--;
-		if (*p != '"')
-			continue;
-		for (p++; *p && *p != '"'; p++)
-			if (*p == '\\' && p[1])
-				p++;
-		if (!*p)
-			return 0;
-		if (depth == 1 && (size_t)(p + 1 - begin) == sizeof(key) - 1 &&
-			!memcmp(begin, key, sizeof(key) - 1)) {
-			const char *value = p + 1 + strspn(p + 1, " \t\r\n");
-			unsigned long port = *value == ':' ? strtoul(value + 1, NULL, 10) : 0;
-
-			if (*value == ':')
-				return port <= 65535 ? (unsigned)port : 0;
-		}
-	}
-	return 0;
-}
-
 /* ---- acknowledging ---- */
 
 /* The host, where nothing else is said, is behind the default gateway; so has QEMU's user network it. */
@@ -154,11 +120,9 @@ static bool gateway(struct in_addr *out)
 	return found;
 }
 
-static void send_text(const struct box *b)
+static void send_text(const struct box *b, const char *text, size_t len)
 {
 	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons((uint16_t)b->port)};
-	char text[140];
-	size_t len = guest_mailbox_ack_text(&b->m, b->epoch, text);
 	int fd;
 
 	if (options.ack_address ? inet_pton(AF_INET, options.ack_address, &to.sin_addr) != 1
@@ -171,13 +135,34 @@ static void send_text(const struct box *b)
 		close(fd);
 }
 
+/* The host is waited for: by a process of its own, which has nothing of ours that somebody could wait for the end of. */
+static void send_vsock(const struct box *b, const char *text, size_t len)
+{
+	pid_t pid = fork();
+
+	if (pid < 0)
+		say("forkfs-agent: mailbox %s: its ACK to vsock port %u: %s", b->name, b->vsock_port, strerror(errno));
+	if (pid)
+		return;
+	closefrom(STDERR_FILENO + 1);
+	/* reset: the host does not listen any more, and has heard of it in another way */
+	if (guest_mailbox_vsock(b->vsock_port, text, len) < 0 && errno != ECONNRESET)
+		say("forkfs-agent: mailbox %s: its ACK to vsock port %u: %s", b->name, b->vsock_port, strerror(errno));
+	_exit(0);
+}
+
 static void acknowledge(struct box *b)
 {
+	char text[140];
+	size_t len = guest_mailbox_ack_text(&b->m, b->epoch, text);
+
 	/* not when the page has another fork's payload meanwhile, whose ACK this would not be */
 	if (b->flags & GUEST_MAILBOX_WANTS_ACK && !memcmp(b->m.page + GUEST_MAILBOX_EPOCH_AT, b->epoch, 16))
 		guest_mailbox_ack(&b->m, b->epoch);
 	if (b->port)
-		send_text(b);
+		send_text(b, text, len);
+	if (b->vsock_port && options.vsock)
+		send_vsock(b, text, len);
 }
 
 /* ---- the command ---- */
@@ -271,7 +256,10 @@ static void look_at(struct box *b)
 	}
 	b->had_one = b->flags & FLAG_EXTENSION;
 	memcpy(b->epoch, epoch, 16);
-	b->port = ack_port(payload);
+	b->port = guest_mailbox_number(payload, "ack_port");
+	if (b->port > UINT16_MAX)
+		b->port = 0;
+	b->vsock_port = guest_mailbox_number(payload, "ack_vsock_port");
 	hand_over(b, payload, len);
 }
 

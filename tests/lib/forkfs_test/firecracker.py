@@ -43,7 +43,7 @@ class Firecracker:
     backend     what `memory` is: "File", or "Uffd" and the socket of a pager
     jail        uid of the jail, or None
     machine     more keys of machine-config
-    mailbox     the guest publishes one, config:s3cret
+    mailbox     the guest publishes one, config:s3cret, and acknowledges in its page; "vsock": by vsock; "silent": not at all
     fill        all its memory is touched once before it works
     drivers     it uses its drive and its vsock (tests/microvm/fc-virtio.c)
     """
@@ -64,7 +64,7 @@ class Firecracker:
         self.root = root
         inside = "" if jail else str(root)
         shutil.copy(os.path.join(os.environ["FORKFS_BUILD"], "tests", "microvm", "fc-guest"), root / "kernel")
-        word = "mailbox" if mailbox else "devices" if drivers else f"f{mib}" if fill else "."
+        word = {"vsock": "vsock-mailbox", "silent": "silent"}.get(mailbox, "mailbox") if mailbox else "devices" if drivers else f"f{mib}" if fill else "."
         (root / "log").touch()
         config = {"boot-source": {"kernel_image_path": f"{inside}/kernel", "boot_args": f"{at} {work} {word}"},
                   "machine-config": {"vcpu_count": 1, "mem_size_mib": mib, **(machine or {})}, "drives": [], **(devices or {})}

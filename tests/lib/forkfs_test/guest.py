@@ -54,7 +54,7 @@ def agent_initrd(case):
 
 
 AGENT_TOOLS = ("sh", "cat", "echo", "true", "false", "sleep", "kill", "seq", "ps", "stty", "tty", "date", "ls", "md5sum", "head", "dd", "yes",
-               "tail", "wc", "grep", "id", "env", "pwd", "setsid", "ip", "ifconfig", "mkdir", "rm", "touch")
+               "tail", "wc", "grep", "id", "env", "pwd", "setsid", "ip", "ifconfig", "mkdir", "rm", "touch", "insmod")
 NOBODY = 65534
 
 
