@@ -215,16 +215,17 @@ static int pause_and_arm(struct take *k, struct ffs_error *err)
 		e = arm(k, err);
 	if (e == 0 && k->with_disks && FFS_MUTANT("disks-after-resume"))
 		e = capture_disks(k, err);
+	/* A stopped daemon may have been overtaken: then the guest ran before it was armed, or since. Asked first,
+	 * as the VMM takes the watchdog for somebody else. */
+	if (e == 0 && ffs_tracker_revoked(k->t))
+		e = ffs_error_set(err, ETIMEDOUT,
+			"the watchdog resumed %s: the daemon did not move for 500 ms during the pause",
+			k->sb->name);
 	if (e == 0 && vmm->resumed_by_others)
 		e = ffs_error_set(err, EAGAIN,
 			"somebody else resumed %s while the branch was taken: its memory and vmstate are of "
 			"different instants; try "
 			"again",
-			k->sb->name);
-	/* A stopped daemon may have been overtaken: then the guest ran before it was armed, or since. */
-	if (e == 0 && ffs_tracker_revoked(k->t))
-		e = ffs_error_set(err, ETIMEDOUT,
-			"the watchdog resumed %s: the daemon did not move for 500 ms during the pause",
 			k->sb->name);
 	if (e == 0 && atomic_load(&k->t->removes) != k->removes)
 		e = ffs_error_set(err, EAGAIN,
