@@ -3,6 +3,8 @@
 #
 # Usage: tests/run.sh [-k PATTERN] [-j N] [--list] [--long]
 #
+# FORKFS_TEST_BUILD=DIR runs the daemon and the command of another build directory, one with a sanitizer say.
+#
 # Missing packages are installed first (Debian 12, root). The last line counts: N passed, N failed, N skipped.
 set -euo pipefail
 
@@ -31,5 +33,8 @@ build "$release" --buildtype=release
 FORKFS_GUEST_KIT=$("$root/tests/guest/build.sh")
 export FORKFS_GUEST_KIT
 export FORKFS_BUILD=$build FORKFS_BIN=$build/tools/forkfs FORKFS_RELEASE_BIN=$release/tools/forkfs
+if [ -n "${FORKFS_TEST_BUILD:-}" ]; then
+	export FORKFS_BIN=$FORKFS_TEST_BUILD/tools/forkfs FORKFS_RELEASE_BIN=$FORKFS_TEST_BUILD/tools/forkfs
+fi
 export PYTHONPATH=$root/tests/lib PYTHONDONTWRITEBYTECODE=1
 exec python3 -m forkfs_test.runner --build "$build" "$@"

@@ -60,7 +60,7 @@ def wait_text(path, text):
 def service(case, name="agent", options=()):
     """The agent as a service of this machine: no VM; (its socket, the process). It leaves the clock alone, which is right."""
     path = case.dir / f"{name}.sock"
-    agent = os.path.join(os.environ["FORKFS_BUILD"], "tools", "forkfs-agent")
+    agent = os.path.join(os.environ.get("FORKFS_TEST_BUILD") or os.environ["FORKFS_BUILD"], "tools", "forkfs-agent")
     process = case.start(agent, "--no-vsock", "--unix", path, *options, stderr=open(case.dir / f"{name}.log", "wb"))
     probe = socket.socket(socket.AF_UNIX)
     while probe.connect_ex(str(path)):

@@ -26,6 +26,17 @@ class Result:
         self.code, self.out, self.err, self.seconds = code, out, err, seconds
 
 
+# A report of a sanitizer is the test's failure, whichever process of it made it, and whatever that does with its stderr.
+SANITIZERS = ("ASAN_OPTIONS", "TSAN_OPTIONS", "UBSAN_OPTIONS")
+
+
+def keep_reports(directory):
+    """Let programs that were built with a sanitizer write their reports to files of this directory."""
+    for name in SANITIZERS:
+        given = os.environ.get(name)
+        os.environ[name] = f"{given + ':' if given else ''}log_path={directory}/sanitizer:log_exe_name=1:print_stacktrace=1"
+
+
 class Case:
     """What a test is given. All that is made through it is gone after `end`."""
 
@@ -36,6 +47,7 @@ class Case:
         self._ends = []
         # what a killed daemon leaves for the next one is the test's, and goes with its directory
         os.environ["RUNTIME_DIRECTORY"] = str(self.dir / "run")
+        keep_reports(self.dir)
 
     def on_end(self, function):
         """Call it at the end of the test, what was registered last first."""
@@ -96,6 +108,7 @@ class Case:
         wrong += [f"a process is left: {processes.describe(p)}" for p in left]
         wrong += [f"a process cannot be ended: {processes.describe(p)}" for p in processes.kill(left)]
         wrong += [f"a mount is left: {m}" for m in processes.unmount_all(str(self.dir))]
+        wrong += [f"{path.name}: {path.read_text(errors='replace')[:6000]}" for path in sorted(self.dir.glob("sanitizer.*"))]
         return wrong
 
     def remove(self):
