@@ -15,6 +15,17 @@
 #define PAGE 4096ull
 #define BATCH 256u /* pages */
 
+/* What is looked at after it is looked at later than what was read before it. On x86-64 no instruction; ThreadSanitizer knows no
+ * fences, and needs none: the bytes are another process's. */
+static void then_look(void)
+{
+#ifdef __SANITIZE_THREAD__
+	atomic_signal_fence(memory_order_acquire);
+#else
+	atomic_thread_fence(memory_order_acquire);
+#endif
+}
+
 static bool needed(const struct ffs_branch *b, unsigned region, uint64_t off)
 {
 	const struct ffs_pages_region *r = &b->tracker->pages->r[region];
@@ -47,7 +58,7 @@ static int from_guest(struct ffs_branch *b, unsigned region, uint64_t off, uint6
 	if (!any)
 		return 0;
 	e = ffs_memory_read_heads(t->memory, region, off, head, n);
-	atomic_thread_fence(memory_order_seq_cst); /* the looks below come after the bytes */
+	then_look();
 	if (e == 0 && ffs_tracker_revoked(t))
 		e = -ETIMEDOUT;
 	for (unsigned i = 0; i < n; i++)
