@@ -71,7 +71,7 @@ void pool_drain(struct pool *p, bool end_all)
 	pthread_mutex_lock(&p->lock);
 	p->closed = true;
 	for (unsigned i = 0; i < p->book.max; i++)
-		if (p->book.place[i].state == FFS_POOL_STARTING)
+		if (p->book.place[i].state == FFS_POOL_STARTING && !p->child[i].failed)
 			ffs_child_kill(&p->child[i].vm);
 	pthread_mutex_unlock(&p->lock);
 }

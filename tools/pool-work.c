@@ -231,6 +231,15 @@ static void end(struct pool_child *c)
 	c->of = NULL;
 }
 
+/* While it is started the main thread may kill it, by the descriptor that this closes. */
+static void end_failed(struct pool *p, struct pool_child *c)
+{
+	pthread_mutex_lock(&p->lock);
+	c->failed = true;
+	pthread_mutex_unlock(&p->lock);
+	end(c);
+}
+
 /* ---- threads ---- */
 
 static void work(struct pool_job *j)
@@ -241,7 +250,7 @@ static void work(struct pool_job *j)
 	case POOL_JOB_START:
 		j->result = start(j);
 		if (j->result < 0)
-			end(&p->child[j->at]);
+			end_failed(p, &p->child[j->at]);
 		break;
 	case POOL_JOB_HAND:
 		j->result = hand(j);

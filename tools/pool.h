@@ -125,6 +125,7 @@ struct pool_child {
 	struct ffs_child vm;
 	struct pool_template *of;        /* NULL: not begun */
 	bool runs;                       /* it was resumed already */
+	bool failed;                     /* pool->lock: its start has, and its thread ends it; nobody else may kill it */
 	struct pool_client *client;      /* to whom it goes; HANDING */
 	struct pool_client *released_by; /* is told when it is gone */
 	char dir[100];                   /* as the guard knows it */
@@ -165,7 +166,7 @@ struct pool {
 	bool watch_used[POOL_STARTS];
 	uint64_t accept_ns; /* nobody is let in before: no descriptor was left */
 
-	pthread_mutex_t lock; /* closed, done; and the start of a process. Nothing waits with it held but that */
+	pthread_mutex_t lock; /* closed, done, child->failed; and the start of a process. Nothing waits with it held but that */
 	bool closed;
 	struct pool_job *done;
 
