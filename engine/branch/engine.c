@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
@@ -49,8 +50,9 @@ static void on_fatal(int sig)
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(fatal_fds); i++) {
 		int fd = atomic_load(&fatal_fds[i]) - 1;
 
+		/* by the system call: other threads are using it, and shall be cut off */
 		if (fd >= 0)
-			close(fd);
+			syscall(SYS_close, fd);
 	}
 	/* SA_RESETHAND put the default back: the signal kills on return (faults) or now (abort, raise) */
 	raise(sig);
