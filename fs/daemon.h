@@ -188,6 +188,7 @@ struct ffs_fs {
 	struct ffs_list writes; /* struct ffs_write: from before the pause until it is published */
 	uint64_t writes_arrived, write_turns;
 	unsigned n_reaps; /* jobs that delete files of removed branches; durable_idle says when one is done */
+	uint64_t reaped_ns; /* when the last one was */
 	unsigned n_durable; /* branches on their way to the store */
 	pthread_cond_t durable_idle;
 	struct ffs_list sandboxes;

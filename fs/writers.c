@@ -6,6 +6,7 @@
 #include "writers.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -17,6 +18,10 @@
 
 /* What was removed just before gives its room back first; a mkdir has a second in all. */
 #define REAP_NS (400 * FFS_NS_PER_MS)
+/* A file that was deleted takes its room until it is closed, and the kernel tells of that, and of a node that it
+ * forgets, when it comes to it. */
+#define CLOSE_NS (300 * FFS_NS_PER_MS)
+#define LOOK_MS 5
 
 struct ffs_write_token {
 	struct ffs_work work;
@@ -53,6 +58,21 @@ static bool await_reap(struct ffs_fs *fs, uint64_t deadline_ns)
 	return before && r == 0;
 }
 
+/* Wait a little for the room of what was deleted just now; false: that was long ago. */
+static bool await_close(struct ffs_fs *fs, uint64_t deadline_ns)
+{
+	uint64_t now = ffs_now_ns();
+
+	pthread_mutex_lock(&fs->lock);
+	bool fresh = fs->reaped_ns && now < fs->reaped_ns + CLOSE_NS;
+
+	pthread_mutex_unlock(&fs->lock);
+	if (!fresh || now >= deadline_ns)
+		return false;
+	poll(NULL, 0, LOOK_MS);
+	return true;
+}
+
 int ffs_write_begin(struct ffs_write *w, struct ffs_sbx *sbx, uint64_t bytes, const atomic_ullong *done,
 	struct ffs_error *err)
 {
@@ -80,7 +100,7 @@ int ffs_write_begin(struct ffs_write *w, struct ffs_sbx *sbx, uint64_t bytes, co
 			ffs_list_add(&fs->writes, &w->link);
 		}
 		pthread_mutex_unlock(&fs->lock);
-	} while (!fits && await_reap(fs, deadline_ns));
+	} while (!fits && (await_reap(fs, deadline_ns) || await_close(fs, deadline_ns)));
 	if (!r && fits)
 		return 0;
 	free(w->token);
@@ -210,6 +230,7 @@ static void run_reap(struct ffs_work *w)
 		ffs_log(FFS_LOG_WARN, "%s", err.text);
 	pthread_mutex_lock(&r->fs->lock);
 	r->fs->n_reaps--;
+	r->fs->reaped_ns = ffs_now_ns();
 	pthread_cond_broadcast(&r->fs->durable_idle);
 	pthread_mutex_unlock(&r->fs->lock);
 	free(r);
