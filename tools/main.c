@@ -8,6 +8,7 @@
 #include <json-c/json.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -229,7 +230,7 @@ const char *ffs_format_bytes(char buf[32], uint64_t bytes)
 
 /* ---- signals ---- */
 
-static volatile sig_atomic_t interrupted_by;
+static atomic_int interrupted_by; /* asked by threads too, so no sig_atomic_t */
 
 /* A signal that comes between the look at the flag and the call that waits would be missed: SIGALRM comes
  * every second from then on and ends that call too. */
