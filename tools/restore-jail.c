@@ -326,22 +326,27 @@ int ffs_jail_create(const struct ffs_child *c, const char *inside, bool read_onl
 
 static int make_directories(const struct ffs_jails *j, const char *id, struct ffs_child *c, struct ffs_error *err)
 {
-	char path[160];
+	const char *group = j->parent_cgroup ? j->parent_cgroup : j->name;
+	char path[sizeof(c->jail)], parent[sizeof(c->jail)], cgroup[sizeof(c->cgroup)];
 
-	snprintf(path, sizeof(path), "%.100s/%.40s", j->base, j->name);
-	if (mkdir(path, 0755) < 0 && errno != EEXIST)
-		return ffs_error_errno(err, errno, "%s", path);
 	/* a socket's name has 107 bytes at most */
-	if ((size_t)snprintf(path, sizeof(path), "%.100s/%.40s/%s/root", j->base, j->name, id) >= sizeof(c->jail))
+	if ((size_t)snprintf(path, sizeof(path), "%s/%s/%s/root", j->base, j->name, id) >= sizeof(path))
 		return ffs_error_set(err, ENAMETOOLONG,
 			"%s/%s is too long a directory for jails with sockets: name another by --chroot-base-dir", j->base, j->name);
+	/* a part of it would be another's, or left behind */
+	if ((size_t)snprintf(cgroup, sizeof(cgroup), "%s/%s", group, id) >= sizeof(cgroup))
+		return ffs_error_set(err, ENAMETOOLONG, "%.300s is too long a name of a cgroup: name another by --parent-cgroup", group);
+	snprintf(parent, sizeof(parent), "%s/%s", j->base, j->name);
+	if (mkdir(parent, 0755) < 0 && errno != EEXIST)
+		return ffs_error_errno(err, errno, "%s", parent);
 	*strrchr(path, '/') = 0;
 	if (mkdir(path, 0755) < 0)
 		return ffs_error_errno(err, errno, "%s, for the jail of a child", path);
 	/* from here on it is this child's, to be removed with it */
-	snprintf(c->jail, sizeof(c->jail), "%.94s/root", path);
+	*strchr(path, 0) = '/';
+	memcpy(c->jail, path, sizeof(path));
 	if (j->cgroup)
-		snprintf(c->cgroup, sizeof(c->cgroup), "%.80s/%s", j->parent_cgroup ? j->parent_cgroup : j->name, id);
+		memcpy(c->cgroup, cgroup, sizeof(cgroup));
 	return mkdir(c->jail, 0700) < 0 ? ffs_error_errno(err, errno, "%s", c->jail) : 0;
 }
 

@@ -158,5 +158,13 @@ def test_words(case):
     case.run("mount", "-t", "tmpfs", "-o", "nodev", "none", case.dir / "nodev")
     case.on_end(lambda: case.run("umount", case.dir / "nodev"))
     refused((*user, "--chroot-base-dir", case.dir / "nodev"), "is mounted nodev")
+    # what would not fit is not cut: a jail's directory, the name of its group
+    long = case.dir / ("vmm-" + "x" * 60)
+    long.write_text("")
+    done = mount.run("restore", "sbx1/b1", "--vmm", long, "--jailer", case.dir / "jailer", "--", *theirs, check=False)
+    assert done.code == 1 and "too long a directory" in done.err and not left(case), (done.err, left(case))
+    assert not list((case.dir / "jails").iterdir()), list((case.dir / "jails").iterdir())
+    refused((*theirs, "--cgroup", "pids.max=9", "--parent-cgroup", "g" * 158), "too long a name of a cgroup")
+    assert not list((case.dir / "jails").iterdir()), list((case.dir / "jails").iterdir())
     refused(("--uid", "root", "--gid", "1", "--chroot-base-dir", jails), "--uid is a number")
     refused(("--uid", "1{number}", "--gid", "1", "--chroot-base-dir", jails), "of different users", "--backend", "uffd")
