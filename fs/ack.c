@@ -38,6 +38,7 @@ struct ffs_acks {
 	atomic_bool stop;
 	bool started;
 	pthread_t thread;
+	uint64_t held_until_ns; /* the daemon before may only just be ending, with its ports */
 };
 
 /* ---- the thread
@@ -224,6 +225,7 @@ int ffs_acks_new(struct ffs_fs *fs, struct ffs_error *err)
 	if (!a)
 		return ffs_error_set(err, ENOMEM, "no memory");
 	a->fs = fs;
+	a->held_until_ns = ffs_now_ns() + FFS_HELD_NS;
 	ffs_list_init(&a->forks);
 	a->epoll = epoll_create1(EPOLL_CLOEXEC);
 	a->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -272,7 +274,7 @@ static int listen_for(struct ffs_fs *fs, struct ffs_fork *f, unsigned port, bool
 	a->port = port;
 	ffs_list_init(&a->waits);
 	memcpy(a->wait.epoch, f->epoch, sizeof(a->wait.epoch));
-	a->sock = ffs_udp_listen(fs->opt.ack_address, port, &a->port, &why);
+	a->sock = ffs_udp_listen(fs->opt.ack_address, port, fs->acks->held_until_ns, &a->port, &why);
 	if (a->sock >= 0 && epoll_ctl(fs->acks->epoll, EPOLL_CTL_ADD, a->sock, &ev) < 0) {
 		ffs_error_errno(&why, errno, "acknowledgements of fork '%s'", f->name);
 		ffs_close_fd(&a->sock);

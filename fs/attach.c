@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "attached.h"
+#include "base/cancel.h"
 #include "base/fault.h"
 #include "base/log.h"
 #include "base/util.h"
@@ -222,8 +223,13 @@ static void say_exited(struct ffs_error *err, struct ffs_proc_id vmm)
  * its start time tells. */
 static int attach_the_same(struct again *a, struct ffs_sandbox **engine, struct ffs_error *err)
 {
-	int r = attach(a->fs, &a->req, a->fs->give_up, engine, err);
+	uint64_t deadline = ffs_now_ns() + FFS_HELD_NS;
+	int r;
 
+	/* what was left of the daemon before, its watchdog say, may just be letting go of the VM */
+	while ((r = attach(a->fs, &a->req, a->fs->give_up, engine, err)) == -EBUSY && ffs_proc_alive(a->vmm) &&
+		!ffs_cancel_is_set(a->fs->give_up) && ffs_held_again(deadline))
+		*err = (struct ffs_error){0};
 	if (!ffs_proc_alive(a->vmm)) {
 		if (!r)
 			let_go(*engine);

@@ -17,7 +17,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -128,8 +127,10 @@ static int open_dir(struct ffs_attached *a, bool make)
 			"%s belongs to another user or can be written by others: it is not used", a->path);
 		return -EPERM;
 	}
-	if (flock(dir, LOCK_EX | LOCK_NB) < 0)
-		return errno == EWOULDBLOCK ? -EBUSY : -errno;
+	int r = ffs_lock(dir);
+
+	if (r < 0)
+		return r == -EWOULDBLOCK ? -EBUSY : r;
 	a->dir = ffs_steal_fd(&dir);
 	return a->dir;
 }

@@ -114,21 +114,34 @@ static void detach_all(const char *dir)
 	ffs_tree_names_free(names, n);
 }
 
-static int try_unmount(const char *dir, int daemon, struct ffs_error *err)
+/* While nobody can be named who uses it: a process that ends, and who looks at others, holds it for a moment longer. */
+static int unmount_unless_used(const char *dir, int daemon, char *users, size_t size, bool *by_daemon, struct ffs_error *err)
 {
-	char users[300];
-	int r = ffs_unmount(dir, false, err);
-	bool by_daemon;
+	uint64_t deadline = ffs_now_ns() + FFS_HELD_NS;
+	int r;
 
-	if (r != -EBUSY)
-		return r;
-	by_daemon = ffs_mountpoint_users(dir, daemon, users, sizeof(users));
-	if (!users[0] && by_daemon) {
-		detach_all(dir);
+	do {
 		r = ffs_unmount(dir, false, err);
 		if (r != -EBUSY)
 			return r;
-		ffs_mountpoint_users(dir, daemon, users, sizeof(users));
+		*by_daemon = ffs_mountpoint_users(dir, daemon, users, size);
+	} while (!users[0] && !*by_daemon && !ffs_interrupted() && ffs_held_again(deadline));
+	return r;
+}
+
+static int try_unmount(const char *dir, int daemon, struct ffs_error *err)
+{
+	char users[300];
+	bool by_daemon;
+	int r = unmount_unless_used(dir, daemon, users, sizeof(users), &by_daemon, err);
+
+	if (r != -EBUSY)
+		return r;
+	if (!users[0] && by_daemon) {
+		detach_all(dir);
+		r = unmount_unless_used(dir, daemon, users, sizeof(users), &by_daemon, err);
+		if (r != -EBUSY)
+			return r;
 	}
 	return ffs_error_set(err, EBUSY, "%s is in use%s%s: let them end or leave it, then try again", dir,
 		users[0] ? " by " : " by processes that you may not see", users);

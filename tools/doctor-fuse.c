@@ -136,7 +136,7 @@ static int sealed_file(void)
 	for (uint64_t off = 0; fd >= 0 && off < FFS_TEST_BYTES; off += sizeof(page))
 		if (ffs_pwrite_full(fd, page, sizeof(page), off) != sizeof(page))
 			return -1;
-	if (fd < 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL))
+	if (fd < 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL))
 		return -1;
 	return ffs_steal_fd(&fd);
 }

@@ -97,7 +97,7 @@ static int open_port(struct ffs_restore *r, struct ffs_child *c, struct ffs_erro
 	c->ack = a;
 	ffs_ack_vsock_init(&a->vsock);
 	a->wait = r->ack;
-	a->sock = ffs_udp_listen(address, 0, &a->port, err);
+	a->sock = ffs_udp_listen(address, 0, 0, &a->port, err);
 	return a->sock < 0 ? a->sock : 0;
 }
 

@@ -17,7 +17,8 @@
 #include "restore.h"
 
 #define STEP (1u << 20)
-#define SEALS (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+/* FUTURE_WRITE: nothing has it mapped, and WRITE waits, at last in vain (EBUSY), for whoever reads a page just now. */
+#define SEALS (F_SEAL_FUTURE_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
 bool ffs_restore_is_image(const struct ffs_restore *r)
 {

@@ -1,10 +1,11 @@
-/* Owns nothing: addresses as people write them, and sockets bound to them. Any thread; never waits. */
+/* Owns nothing: addresses as people write them, and sockets bound to them. Any thread; waits for nothing but a port that is held. */
 #include "base/udp.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
 
 #include "base/cleanup.h"
+#include "base/util.h"
 
 int ffs_ip_parse(const char *text, struct sockaddr_storage *out, socklen_t *len)
 {
@@ -31,18 +32,21 @@ static in_port_t *port_in(struct sockaddr_storage *name)
 					  : &((struct sockaddr_in6 *)name)->sin6_port;
 }
 
-int ffs_udp_listen(const char *address, unsigned port, unsigned *bound, struct ffs_error *err)
+int ffs_udp_listen(const char *address, unsigned port, uint64_t held_until_ns, unsigned *bound, struct ffs_error *err)
 {
 	_cleanup_close_ int sock = -1;
 	struct sockaddr_storage name;
 	socklen_t len;
+	int r;
 
 	if (ffs_ip_parse(address, &name, &len) < 0)
 		return ffs_error_set(err, EINVAL, "'%.60s' is no IP address", address);
 	*port_in(&name) = htons((uint16_t)port);
 	sock = socket(name.ss_family, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (sock < 0 || bind(sock, (struct sockaddr *)&name, len) < 0 ||
-		getsockname(sock, (struct sockaddr *)&name, &len) < 0)
+	do
+		r = sock < 0 ? -1 : bind(sock, (struct sockaddr *)&name, len);
+	while (r < 0 && errno == EADDRINUSE && ffs_held_again(held_until_ns));
+	if (r < 0 || getsockname(sock, (struct sockaddr *)&name, &len) < 0)
 		return port ? ffs_error_errno(err, errno, "port %u of %s for acknowledgements", port, address)
 			    : ffs_error_errno(err, errno, "a port of %s for acknowledgements", address);
 	*bound = ntohs(*port_in(&name));

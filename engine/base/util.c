@@ -1,11 +1,14 @@
 /* Owns nothing. Any thread. */
 #include "base/util.h"
 
+#include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/random.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -198,6 +201,25 @@ void ffs_signals_to_block(void *set)
 	sigfillset(set);
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(faults); i++)
 		sigdelset(set, faults[i]);
+}
+
+bool ffs_held_again(uint64_t deadline_ns)
+{
+	if (ffs_now_ns() >= deadline_ns)
+		return false;
+	poll(NULL, 0, 2);
+	return true;
+}
+
+int ffs_lock(int fd)
+{
+	uint64_t deadline = ffs_now_ns() + FFS_HELD_NS;
+	int r;
+
+	do
+		r = flock(fd, LOCK_EX | LOCK_NB) < 0 ? -errno : 0;
+	while ((r == -EWOULDBLOCK && ffs_held_again(deadline)) || r == -EINTR);
+	return r;
 }
 
 void ffs_uuid_new(uint8_t b[16])

@@ -76,6 +76,15 @@ bool ffs_proc_alive(struct ffs_proc_id id);
  * userfaultfd first. `set` is a sigset_t. */
 void ffs_signals_to_block(void *set);
 
+/* What a process holds is let go of with the last reference to it: that of a process that is just ending, or of who looks at
+ * the descriptors of others (lsof, a BPF iterator) and holds each for a moment. The kernel tells nobody when it lets go, so who
+ * finds it held asks again for so long. */
+#define FFS_HELD_NS (2 * FFS_NS_PER_S)
+/* Wait a little before asking again; false: it has been held long enough. */
+bool ffs_held_again(uint64_t deadline_ns);
+/* flock(2) for oneself alone, of what nobody else should have: 0, -EWOULDBLOCK when it is held for FFS_HELD_NS, -errno. */
+int ffs_lock(int fd);
+
 /* Open as many files as the host lets this process, not as few as its shell has said. 0 or -errno. */
 int ffs_raise_file_limit(void);
 

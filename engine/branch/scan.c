@@ -4,6 +4,7 @@
  * Outside any pause: it reads /proc. */
 #include <errno.h>
 #include <json-c/json.h>
+#include <poll.h>
 #include <stdlib.h>
 
 #include "base/cleanup.h"
@@ -11,6 +12,9 @@
 #include "branch/internal.h"
 #include "branch/sandbox.h"
 #include "guest/foreign.h"
+
+#define PASSING_NS (200 * FFS_NS_PER_MS)
+#define PASSING_LOOK_MS 10
 
 static struct json_object *findings_json(const struct ffs_foreign *f)
 {
@@ -39,6 +43,30 @@ static struct json_object *torn_json(const struct ffs_foreign *f)
 	return list;
 }
 
+/* Are they all processes that hold it? One that was just forked, by the VMM for a helper say, has its descriptors until it
+ * runs a program. */
+static bool may_pass(const struct ffs_foreign *f)
+{
+	for (unsigned i = 0; i < f->refusing; i++)
+		if (f->list[i].kind != FFS_FOREIGN_MAPPING && f->list[i].kind != FFS_FOREIGN_DESCRIPTOR)
+			return false;
+	return f->refusing > 0;
+}
+
+/* `patient`: only who holds it for longer than a moment counts. What they wrote meanwhile is in the branch. */
+static int look(struct ffs_sandbox *sb, bool patient, struct ffs_foreign *f, uint64_t *took_ns, struct ffs_error *why)
+{
+	uint64_t start = ffs_now_ns(), end = start + PASSING_NS;
+	int e;
+
+	while ((e = ffs_foreign_scan(sb->proc, &sb->tracker->geo, &sb->known, f, NULL, why)) == -EBUSY && patient && may_pass(f) &&
+		ffs_now_ns() < end)
+		poll(NULL, 0, PASSING_LOOK_MS);
+	if (took_ns)
+		*took_ns = ffs_now_ns() - start;
+	return e;
+}
+
 int ffs_sandbox_scan(struct ffs_sandbox *sb, bool force, uint64_t *took_ns, struct json_object **torn,
 	struct ffs_error *err)
 {
@@ -47,7 +75,7 @@ int ffs_sandbox_scan(struct ffs_sandbox *sb, bool force, uint64_t *took_ns, stru
 
 	if (!f)
 		return ffs_error_set(err, ENOMEM, "out of memory for a look at the memory of %s", sb->name);
-	int e = ffs_foreign_scan(sb->proc, &sb->tracker->geo, &sb->known, f, took_ns, &why);
+	int e = look(sb, !force && !sb->force, f, took_ns, &why);
 	struct json_object *found = findings_json(f);
 
 	pthread_mutex_lock(&sb->lock);

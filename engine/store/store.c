@@ -14,7 +14,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
@@ -392,7 +391,7 @@ static int recover_draft(struct recovery *r, int dir, const char *name)
 
 	snprintf(branch, sizeof(branch), "%.*s", (int)(strlen(name) - strlen(FFS_SUFFIX_PARTIAL)), name);
 	/* another process is writing it: an import */
-	if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) < 0 && errno == EWOULDBLOCK)
+	if (fd >= 0 && ffs_lock(fd) == -EWOULDBLOCK)
 		return 0;
 	if (plain(branch) && fstatat(dir, branch, &s, AT_SYMLINK_NOFOLLOW) < 0) {
 		ffs_log(FFS_LOG_WARN, "store: branch %s/%s was not complete when its daemon ended: it has failed",
@@ -437,16 +436,16 @@ static int lock_store(struct ffs_store *st, struct ffs_error *err)
 	st->lock = openat(st->fd, LOCK_FILE, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
 	if (st->lock < 0)
 		return ffs_store_errno(st, errno, err, "the store %s cannot be locked", st->path);
-	if (flock(st->lock, LOCK_EX | LOCK_NB) == 0)
+	code = ffs_lock(st->lock);
+	if (!code)
 		return 0;
-	code = errno;
 	ffs_close_fd(&st->lock);
-	if (code == EWOULDBLOCK)
+	if (code == -EWOULDBLOCK)
 		return ffs_error_set(err, EBUSY,
 			"the store %s is served by another forkfs daemon: give each mount a store of its own, or end that "
 			"one",
 			st->path);
-	return ffs_error_errno(err, code, "the store %s cannot be locked", st->path);
+	return ffs_error_errno(err, -code, "the store %s cannot be locked", st->path);
 }
 
 int ffs_store_recover(struct ffs_store *st, struct ffs_error *err)

@@ -101,8 +101,12 @@ int ffs_uffd_register(int uffd, uint64_t hva, uint64_t len, struct ffs_error *er
 	struct uffdio_register reg = {.range = {.start = hva, .len = len}, .mode = UFFDIO_REGISTER_MODE_WP};
 	int r = FFS_FAULT("uffd-register");
 
-	if (r == 0 && ioctl(uffd, UFFDIO_REGISTER, &reg) < 0)
-		r = -errno;
+	uint64_t deadline = ffs_now_ns() + FFS_HELD_NS / 4; /* mkdir waits for it, and has a second */
+
+	/* that of a daemon that was killed goes with the last reference to it */
+	while (r == 0 && ioctl(uffd, UFFDIO_REGISTER, &reg) < 0)
+		if (errno != EBUSY || !ffs_held_again(deadline))
+			r = -errno;
 	const char *why = "";
 
 	if (r == -ENOMEM && is_gone(uffd, hva))

@@ -7,7 +7,9 @@ import pty
 import select
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 
 from forkfs_test import processes
@@ -183,6 +185,33 @@ def test_umount_busy(case):
     user.kill()
     user.wait()
     case.run(case.forkfs(), "umount", directory)
+
+
+def test_umount_held_in_passing(case):
+    """Who holds the mount in passing is waited for: it cannot be named, for a descriptor in a message is no process's."""
+    directory = case.dir / "m"
+    directory.mkdir()
+    mount_in_background(case, directory)
+
+    def hold():
+        ours, theirs = socket.socketpair()
+        held = os.open(directory, os.O_PATH)
+        socket.send_fds(ours, [b"x"], [held])
+        os.close(held)
+        return ours, theirs
+
+    def let_go(pair):
+        for end in pair:
+            end.close()
+
+    pair = hold()
+    result = case.run(case.forkfs(), "umount", directory, check=False)
+    assert result.code == 1 and "processes that you may not see" in result.err, result.err
+    let_go(pair)
+    timer = threading.Timer(0.2, let_go, [hold()])
+    timer.start()
+    case.run(case.forkfs(), "umount", directory)
+    timer.join()
 
 
 def test_mount_helper(case):

@@ -99,6 +99,17 @@ def test_killed_in_capture(case):
     assert attached(r)["tracking"] is True
 
 
+def test_held_in_passing(case):
+    """What is left of the daemon before, its watchdog say, still has the VM for a moment when the next one begins."""
+    r = GuestRig(case)
+    kill(r)
+    r.guest.check_free(r.fds)
+    r.mount = case.mount("mnt", rules=("attach@1 error:EBUSY", "fs-attach@3 error:EBUSY"))
+    settled(r)
+    assert attached(r) and rig.metric(r, "reattached_total") == 1 and rig.metric(r, "reattach_failed_total") == 0, r.mount.log()
+    check_identical(r, "b1")
+
+
 def test_microvm(case):
     """The same with the driver coop, whose VMM hands its userfaultfd over anew."""
     r = ApiRig(case, MicroVm(case, "sbx1", mib=96, fill=1))

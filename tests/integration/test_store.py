@@ -1,6 +1,7 @@
 """Branches in a store: durable, served from it, found again by the next daemon, whole or not there."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import mmap
@@ -202,6 +203,22 @@ def test_names_while_written(case):
     assert rig.wait_settled(third) == "ready"
     mount = remount(case, r.mount, 1)
     assert sorted(os.listdir(mount / r.guest.name / "branches")) == ["b2", "b3"] and check_clean(case)
+
+
+def test_lock_held_in_passing(case):
+    """The lock of a daemon that has ended goes with the last who holds its descriptor: the next one waits for that, not for good."""
+    store, refused = case.dir / "store", case.dir / "refused"
+    store.mkdir(mode=0o700)
+    refused.mkdir()
+    fd = os.open(store / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    done = case.run(case.forkfs(), "mount", refused, "-o", f"store={store}", check=False)
+    assert done.code == 1 and "another forkfs daemon" in done.err, done.err
+    timer = threading.Timer(0.3, os.close, [fd])
+    timer.start()
+    mount = case.mount(options=f"store={store}")
+    timer.join()
+    mount.stop()
 
 
 def test_full_store(case):

@@ -1,5 +1,6 @@
 /* Branches of memory that somebody else can write: refused with a sentence, taken with force and then marked,
  * at attach and at each branch. */
+#include <poll.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -117,6 +118,29 @@ static void test_branch(void **s)
 	ffs_sandbox_unref(sb);
 }
 
+/* One that is just about to run a program, or to end, is not somebody who writes. */
+static void test_in_passing(void **s)
+{
+	struct ffs_sandbox *sb = NULL;
+	struct ffs_branch *b = NULL;
+	struct ffs_error err = {0};
+
+	assert_int_equal(attach(false, &sb, &err), 0);
+	pid_t holder = fork();
+
+	if (holder == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		poll(NULL, 0, 60);
+		_exit(0);
+	}
+	if (take(sb, false, &b, &err) < 0)
+		fail_msg("%s", err.text);
+	check(b, 0);
+	waitpid(holder, NULL, 0);
+	ffs_sandbox_detach(sb);
+	ffs_sandbox_unref(sb);
+}
+
 static void test_attach(void **s)
 {
 	struct ffs_sandbox *sb = NULL;
@@ -151,7 +175,8 @@ static int teardown(void **s)
 
 int main(void)
 {
-	const struct CMUnitTest tests[] = {cmocka_unit_test(test_branch), cmocka_unit_test(test_attach)};
+	const struct CMUnitTest tests[] = {cmocka_unit_test(test_branch),
+		cmocka_unit_test(test_in_passing), cmocka_unit_test(test_attach)};
 
 	return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -189,6 +189,34 @@ static void test_changing(void **state)
 	end(id, uffd);
 }
 
+static void *let_go(void *fd)
+{
+	poll(NULL, 0, 100);
+	close(*(int *)fd);
+	return NULL;
+}
+
+/* The userfaultfd of a process that has ended is held a moment longer by whoever looks at its descriptors just then. */
+static void test_held_in_passing(void **state)
+{
+	struct ffs_error err = {0};
+	int first, second = -1;
+	pthread_t thread;
+	struct ffs_proc_id id = start(&first);
+
+	assert_int_equal(ffs_uffd_register(first, hva(memfd_map), LEN, &err), 0);
+	assert_int_equal(ffs_inject_userfaultfd(spawner, id, 5 * FFS_NS_PER_S, &second, &err), 0);
+	assert_int_equal(ffs_uffd_api(second, &err), 0);
+	assert_int_equal(pthread_create(&thread, NULL, let_go, &first), 0);
+	if (ffs_uffd_register(second, hva(memfd_map), LEN, &err) < 0)
+		fail_msg("%s", err.text);
+	pthread_join(thread, NULL);
+	close(second);
+	target_end(id);
+	munmap(memfd_map, LEN);
+	munmap(anon_map, LEN);
+}
+
 static void test_errors(void **state)
 {
 	struct ffs_error err = {0};
@@ -236,6 +264,7 @@ int main(void)
 		cmocka_unit_test(test_unregister),
 		cmocka_unit_test(test_close),
 		cmocka_unit_test(test_changing),
+		cmocka_unit_test(test_held_in_passing),
 		cmocka_unit_test(test_errors),
 	};
 

@@ -14,13 +14,13 @@ from . import processes
 class Mount:
     """`forkfs mount` on a directory of the test. Paths are built with `/`: mount / "sbx1" / "branch"."""
 
-    def __init__(self, case, name="mnt", options="", release=False, binary=None, environment=None):
+    def __init__(self, case, name="mnt", options="", release=False, binary=None, environment=None, rules=()):
         self.case = case
         self.binary = binary or case.forkfs(release)
         self.path = case.dir / name
         self.path.mkdir(exist_ok=True)
         self.fault_file = case.dir / f"{name}.faults"
-        self.faults()
+        self.faults(*rules)
         self.log_path = case.dir / f"{name}.log"
         if environment is None:
             environment = {"FORKFS_FAULT_FILE": str(self.fault_file)}
