@@ -296,6 +296,8 @@ int main(int argc, char **argv)
 	const struct ffs_command *cmd;
 	int i = 1;
 
+	/* whoever started us may have it ignored; then nobody could be told how a child of ours ended */
+	signal(SIGCHLD, SIG_DFL);
 	if (!strcmp(base, "mount.fuse.forkfs") || !strcmp(base, "mount.forkfs"))
 		return ffs_mount_helper(argc, argv);
 	if (!strcmp(base, "forkfs-pool-guard"))

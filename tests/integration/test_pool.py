@@ -94,6 +94,21 @@ def test_permits(case):
     p.check_gone()
 
 
+def test_ended_children_are_heard_of(case):
+    """A child that ends by itself frees its place, also where whoever started the pool has SIGCHLD ignored."""
+    r = guest(case)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        p = pool.micro(r.mount, "sbx1/b1", low=0, high=1, wait=False)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    child = p.acquire()
+    os.kill(child.pid, signal.SIGKILL)
+    assert p.wait(lambda s: s["out"] == 0)["ended"] == [child.said["id"]]
+    p.release(p.acquire())
+    p.drain()
+
+
 def test_waits_in_line(case):
     """Who came first is served first; who went away takes nothing; who waited too long is told so."""
     r = guest(case)
