@@ -266,7 +266,7 @@ static int await_mailboxes(struct ffs_restore *r, struct ffs_child *c, struct ff
  * ------------------------------------------------------------------------------------------------------ */
 
 struct hook {
-	const char *before_point, *after_point; /* of fault injection */
+	const char *before_point, *loaded_point, *after_point; /* of fault injection */
 	int (*before)(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
 	int (*loaded)(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
 	int (*after_resume)(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
@@ -275,7 +275,7 @@ struct hook {
 
 static const struct hook hooks[] = {
 	{.before_point = "restore-port", .after_point = "restore-port-after", .before = open_port, .close = close_port},
-	{.before_point = "restore-vsock", .after_point = "restore-vsock-after", .loaded = open_vsock},
+	{.before_point = "restore-vsock", .loaded_point = "restore-vsock-loaded", .after_point = "restore-vsock-after", .loaded = open_vsock},
 	{.before_point = "restore-network", .after_point = "restore-network-after", .after_resume = await_network},
 	{.before_point = "restore-mailbox", .after_point = "restore-mailbox-after", .after_resume = await_mailboxes},
 };
@@ -303,9 +303,13 @@ int ffs_restore_hooks_loaded(struct ffs_restore *r, struct ffs_child *c, struct 
 {
 	int got = 0;
 
-	for (size_t i = 0; !got && c->ack && i < FFS_ARRAY_LEN(hooks); i++)
-		if (hooks[i].loaded)
-			got = hooks[i].loaded(r, c, err);
+	for (size_t i = 0; !got && c->ack && i < FFS_ARRAY_LEN(hooks); i++) {
+		if (!hooks[i].loaded)
+			continue;
+		got = hooks[i].loaded(r, c, err);
+		if (!got)
+			got = point(hooks[i].loaded_point, err);
+	}
 	return got;
 }
 

@@ -175,7 +175,7 @@ def test_hooks(case):
     r = guest(case, "config,s3cret")
     fork(r, "c1", "config", ack_timeout_ms=30000)
     rules = case.dir / "restore-faults"
-    for point in ("port", "network", "mailbox", "port-after", "network-after", "mailbox-after"):
+    for point in ("port", "vsock", "network", "mailbox", "vsock-loaded", "port-after", "vsock-after", "network-after", "mailbox-after"):
         rules.write_text(f"restore-{point} error:EIO\n")
         os.environ["FORKFS_FAULT_FILE"] = str(rules)
         try:

@@ -169,6 +169,30 @@ def test_attacks(case):
     child.check_sane()
 
 
+def test_listening(case):
+    """A failure when it listens, or another who has that socket, is a failure of the child, and leaves nothing; what is another's stays."""
+    r = micro_rig(case)
+    fork(r, "c1")
+    rules = case.dir / "restore-faults"
+    rules.write_text("restore-vsock-loaded error:EIO\n")
+    os.environ["FORKFS_FAULT_FILE"] = str(rules)
+    try:
+        found, result = children.run(r.mount, "sbx1/b1/c1", *children.micro_options(case), "-n", "2", kind=children.MicroChild, vmm=WITH_VSOCK, check=False)
+    finally:
+        del os.environ["FORKFS_FAULT_FILE"]
+    assert not found and result.err.count("restore-vsock-loaded: ") == 2, result.err
+    children.nothing_left(case)
+    # a VMM that takes the place before its starter does: a link, which is not followed
+    program = case.dir / "vmm"
+    target = case.dir / "target"
+    program.write_text(f'#!/bin/sh\nln -s {target} vsock_{PORT}\nexec {case.tool("../microvm/microvm")} "$@"\n')
+    program.chmod(0o755)
+    found, result = children.run(r.mount, "sbx1/b1/c1", "--vmm", program, vmm=WITH_VSOCK, check=False)
+    assert not found and f"vsock_{PORT}, where acknowledgements come by vsock: Address already in use" in result.err, result.err
+    assert not target.exists()
+    children.nothing_left(case)
+
+
 def test_missing(case):
     """What came too late or was forged ends the child in its time; a VMM that has no vsock, and a payload without room, have no such port."""
     r = micro_rig(case)
