@@ -34,19 +34,6 @@ def records(path):
     return found
 
 
-def link_of(path):
-    """The process that has the connection to an agent."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as f:
-                words = f.read().split(b"\0")
-        except OSError:
-            continue
-        if words[0] == b"forkfs-agent-link" and words[1] == str(path).encode():
-            return int(pid)
-    raise AssertionError(f"{path} has no link")
-
-
 def test_log(case):
     """Its output is in the log, by stream, with times that follow one another; what a process behind it says last is not lost."""
     path, _ = agent.service(case)
@@ -144,7 +131,7 @@ def test_link_gone(case):
     log, go = case.dir / "main.log", case.dir / "go"
     p = main(case, path, f"echo one; {gate(go)}; seq 20000; echo the last line; exit 3", "--log", log)
     agent.wait_text(log, "one")
-    os.kill(link_of(path), signal.SIGKILL)
+    os.kill(agent.link_of(path), signal.SIGKILL)
     assert p.wait(timeout=60) == 125
     # what is on its way to a host at its end is lost with it; this session begins when the agent has seen that end
     assert agent.run(case, path, "echo", "there").out == "there\n"
@@ -174,7 +161,7 @@ def test_exit_file(case):
     p = main(case, path, f"echo up; {gate(go)}; exit 7", "--log", case.dir / "main.log", "--exit-file", file)
     agent.wait_text(case.dir / "main.log", "up")
     assert not file.exists()
-    link = link_of(path)
+    link = agent.link_of(path)
     os.kill(link, signal.SIGSTOP)
     go.touch()
     agent.wait_for(file.exists, "no exit file")
@@ -184,7 +171,7 @@ def test_exit_file(case):
     path, _ = agent.service(case, "other")
     p = main(case, path, f"echo up; {gate(case.dir / 'end')}", "--log", case.dir / "other-main.log", "--exit-file", file)
     agent.wait_text(case.dir / "other-main.log", "up")
-    os.kill(link_of(path), signal.SIGKILL)
+    os.kill(agent.link_of(path), signal.SIGKILL)
     assert p.wait(timeout=60) == 125
     (case.dir / "end").touch()
     agent.wait_text(case.dir / "other.log", "main ended: 0")

@@ -62,6 +62,7 @@ struct conn {
 	struct watch w;
 	const char *kind;
 	bool port;    /* a virtio-serial port: stays when the host goes */
+	bool hung;    /* nobody is at the other end of the port, or another already: it is waited for */
 	bool gone;    /* to be freed when its handler is through */
 	bool session; /* a HELLO came: nonce is its */
 	uint8_t nonce[16];

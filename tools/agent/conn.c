@@ -8,9 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #define MANY (256u << 10)
+#define HUNG_NS 500000000
 
 static struct conn *all;
 
@@ -19,6 +21,38 @@ static void end_session(struct conn *c)
 	process_hangup(c, true, 0);
 	c->session = false;
 	agent_out_clear(&c->out);
+}
+
+/* That a port's host is gone comes to us by another queue than what hosts say, and later when this machine is busy: the next
+ * one's HELLO may have been answered before. So its end is not believed at once: who is there again within HUNG_NS goes on,
+ * and if it is another, its HELLO has ended what the one before had. */
+static void on_patience(struct watch *w, uint32_t events)
+{
+	uint64_t n;
+
+	if (read(w->fd, &n, sizeof(n)) < 0)
+		return;
+	for (struct conn *c = all; c; c = c->next) {
+		if (c->hung && c->session && !c->gone)
+			end_session(c);
+		c->hung = false;
+	}
+}
+
+static void hang_up_later(struct conn *c)
+{
+	static struct watch patience = {.fd = -1, .ready = on_patience};
+	struct itimerspec t = {.it_value.tv_nsec = HUNG_NS};
+
+	if (c->hung || !c->session)
+		return;
+	c->hung = true;
+	if (patience.fd < 0)
+		patience.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+	if (patience.fd < 0 || timerfd_settime(patience.fd, 0, &t, NULL) < 0)
+		end_session(c);
+	else
+		watch_arm(&patience, EPOLLIN);
 }
 
 static void close_conn(struct conn *c)
@@ -128,17 +162,20 @@ static void on_ready(struct watch *w, uint32_t events)
 		ssize_t n = read(c->w.fd, in, sizeof(in));
 
 		if (n > 0) {
+			c->hung = false;
 			take(c, in, (size_t)n);
 			continue;
 		}
 		if (n < 0 && errno == EINTR)
 			continue;
-		if (n < 0 && errno == EAGAIN)
+		if (n < 0 && errno == EAGAIN) {
+			c->hung = false;
 			break;
+		}
 		if (!c->port || (n < 0 && errno == ENODEV))
 			close_conn(c);
-		else if (c->session)
-			end_session(c); /* the host is gone; the port stays for the next */
+		else
+			hang_up_later(c); /* the port stays for the next */
 		break;
 	}
 	if (!c->gone)

@@ -77,3 +77,16 @@ def children(pid):
         if fields and int(fields[1]) == pid:
             found.append((int(name), fields[0]))
     return found
+
+
+def link_of(path):
+    """The process that has the connection to an agent."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                words = f.read().split(b"\0")
+        except OSError:
+            continue
+        if words[0] == b"forkfs-agent-link" and words[1] == str(path).encode():
+            return int(pid)
+    raise AssertionError(f"{path} has no link")
