@@ -37,7 +37,8 @@ struct exec_args {
 
 struct running {
 	int fd, signals;
-	bool tty, input_open, detach;
+	bool tty, input_open, detach, main;
+	bool link_gone; /* without a word */
 	uint32_t credit; /* of stdin */
 	struct ffs_agent_input in;
 	int code; /* -1: it runs */
@@ -125,7 +126,9 @@ static int on_output(struct running *run, const struct agent_frame *f)
 	if (ffs_write_full(f->type == AGENT_STDOUT ? STDOUT_FILENO : STDERR_FILENO, f->payload, f->len) < 0)
 		return ffs_error_errno(run->err, errno, "its output cannot be written");
 	agent_put(&w, f->len, 4);
-	return ffs_agent_send(run->fd, AGENT_WINDOW_MORE, 1, le, 4);
+	/* when nobody takes it, what is here already is read all the same: the command's end may be among it */
+	ffs_agent_send(run->fd, AGENT_WINDOW_MORE, 1, le, 4);
+	return 0;
 }
 
 static void on_refused(struct running *run, const struct agent_frame *f)
@@ -144,6 +147,15 @@ static void on_refused(struct running *run, const struct agent_frame *f)
 static void on_loss(const struct agent_frame *f)
 {
 	fprintf(stderr, "forkfs exec: the log is not whole: %.*s\n", (int)(f->len > 400 ? 400 : f->len), (const char *)f->payload);
+}
+
+/* It was killed: nobody else has what it had not passed on yet. */
+static int on_link_gone(struct running *run)
+{
+	run->link_gone = true;
+	return ffs_error_set(run->err, ECONNRESET,
+		"the link to the guest's agent has ended before it told the command's end: what it had not passed on is lost, and %s",
+		run->main ? "a main command that was started goes on" : "the command is hung up on");
 }
 
 /* Frames come from the guest; what makes no sense is passed over. */
@@ -189,8 +201,8 @@ static int on_guest(struct running *run)
 		struct agent_frame f;
 		int got = ffs_agent_next(run->fd, &run->in, &f);
 
-		if (got == 0)
-			return ffs_error_set(run->err, ECONNRESET, "the link to the guest's agent has ended");
+		if (got == 0 || got == -ECONNRESET)
+			return on_link_gone(run);
 		if (got > 0)
 			got = on_frame(run, &f);
 		if (got < 0)
@@ -211,9 +223,9 @@ static int run_to_the_end(struct running *run)
 			continue;
 		if (p[1].revents)
 			on_signal(run);
-		if (p[2].revents)
-			got = on_input(run);
-		/* a connection that broke has its reason in front of its end */
+		/* a connection that broke has its reason, or the command's end, in front of its own */
+		if (p[2].revents && on_input(run) < 0)
+			run->input_open = false;
 		if (p[0].revents)
 			got = on_guest(run);
 	}
@@ -301,6 +313,7 @@ static int run(const char *name, const struct exec_args *a, struct ffs_error *er
 	run.err = err;
 	run.tty = a->tty;
 	run.detach = a->detach;
+	run.main = a->main;
 	run.input_open = a->input;
 	run.fd = ffs_agent_dial(&l, err);
 	/* until here Ctrl-C ends us: nothing of ours runs in the guest */
@@ -322,6 +335,8 @@ static int run(const char *name, const struct exec_args *a, struct ffs_error *er
 	restore_terminal();
 	code = err->code && got >= 0 ? -1 : code_in_file(a->exit_file, &was);
 	if (code >= 0) {
+		if (run.link_gone && a->log)
+			fprintf(stderr, "forkfs exec: the log may not be whole: the link to the guest's agent, which wrote it, has ended\n");
 		*err = (struct ffs_error){0};
 		return code;
 	}

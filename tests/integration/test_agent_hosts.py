@@ -1,11 +1,11 @@
-"""Hosts of an agent that come and go: one after the other at a port."""
+"""Hosts of an agent that come and go: one after the other at a port, and links that are killed."""
 
 import os
 import signal
 import socket
 import subprocess
 
-from forkfs_test import agent, wire
+from forkfs_test import agent, processes, wire
 
 HOSTS = 100
 BUSY = "for i in 1 2 3 4; do (while :; do :; done) & done; wait"
@@ -46,3 +46,40 @@ def test_one_after_the_other(case):
     assert p.wait(timeout=60) == 125
     guest.console.wait("hung up", timeout=60)
     assert agent.run(case, guest, "echo", "there").out == "there\n"
+
+
+def test_link_killed(case):
+    """Whoever waits for a command when the link is killed hears so, and never of a code that was not told; a log that may not be whole is called that."""
+    path, process = agent.service(case)
+    p = case.start(*agent.exec_command(case, path, "sh", "-c", "echo one; exec sleep 600"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == "one\n"
+    os.kill(agent.link_of(path), signal.SIGKILL)
+    out, err = p.communicate(timeout=60)
+    assert (p.returncode, out) == (125, "") and "hung up on" in err, (p.returncode, out, err)
+    agent.wait_for(lambda: not agent.children(process.pid), "the command runs on")
+    # its end was told to the link, which has not passed it on
+    p = case.start(*agent.exec_command(case, path, "sh", "-c", "echo one; read x; exit 0", options=["-i"]), stdin=subprocess.PIPE,
+                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == "one\n"
+    (child,) = [pid for pid, _ in agent.children(process.pid)]
+    link = agent.link_of(path)
+    os.kill(link, signal.SIGSTOP)
+    os.kill(child, signal.SIGKILL)
+    assert processes.wait_gone(child, 60)
+    os.kill(link, signal.SIGKILL)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 125 and "is lost" in err, (p.returncode, err)
+    # a main command whose end is in its file
+    file, log = case.dir / "code", case.dir / "main.log"
+    path, _ = agent.service(case, "other", options=["--exit-file", file])
+    options = ["--main", "--log", log, "--exit-file", file]
+    p = case.start(*agent.exec_command(case, path, "sh", "-c", f"echo up; until [ -e {case.dir}/go ]; do sleep 0.05; done; echo last", options=options),
+                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    agent.wait_text(log, "up")
+    link = agent.link_of(path)
+    os.kill(link, signal.SIGSTOP)
+    (case.dir / "go").touch()
+    agent.wait_for(file.exists, "no exit file")
+    os.kill(link, signal.SIGKILL)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 0 and "may not be whole" in err and "last" not in log.read_text(), (p.returncode, err)
