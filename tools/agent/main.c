@@ -138,8 +138,6 @@ int main(int argc, char **argv)
 		int look = mailboxes_due_ms(), due = process_due_ms();
 		int n = epoll_wait(epoll_fd, &e, 1, due >= 0 && (look < 0 || due < look) ? due : look);
 
-		mailboxes_look();
-		process_tick();
 		if (n == 1) {
 			struct watch *w = e.data.ptr;
 
@@ -148,5 +146,8 @@ int main(int argc, char **argv)
 			say("forkfs-agent: %s", strerror(errno));
 			return 1;
 		}
+		/* only now: they may end, and free, what the event was of */
+		mailboxes_look();
+		process_tick();
 	}
 }
