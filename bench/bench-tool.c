@@ -117,7 +117,8 @@ static void random_reads(const char *path, uint64_t count, bool cold)
 
 	if (fstat(fd, &st) < 0 || st.st_size < PAGE)
 		die(path);
-	if (cold && (posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) || posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM)))
+	if (cold &&
+		(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED) || posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM)))
 		die(path);
 	for (uint64_t i = 0; i < count; i++) {
 		rnd ^= rnd << 13;
@@ -251,8 +252,8 @@ int main(int argc, char **argv)
 		for (;;)
 			__asm__ volatile("" ::: "memory");
 	else {
-		fprintf(stderr,
-			"bench-tool: seq, random, cold, stat, first, run, memcpy, fresh or spin: see bench-tool.c\n");
+		fprintf(stderr, "bench-tool: seq, random, cold, stat, first, run, memcpy, fresh or spin: see "
+				"bench-tool.c\n");
 		return 2;
 	}
 	return 0;

@@ -98,7 +98,9 @@ static int result_of(const struct ffs_fork *f, char out[16], struct ffs_error *e
 		return ffs_error_set(err, ENOENT, "fork '%s' was removed", f->name);
 	if (!a || !a->wait.n)
 		return ffs_error_set(err, ENODATA,
-			"no mailbox of fork '%s' is to be acknowledged: ask for it when the fork is made (wait_for_ack)", f->name);
+			"no mailbox of fork '%s' is to be acknowledged: ask for it when the fork is made "
+			"(wait_for_ack)",
+			f->name);
 	if (a->deaf.code)
 		return ffs_error_set(err, a->deaf.code, "%s", a->deaf.text);
 	if (!ffs_ack_over(&a->wait, FFS_MAILBOX_KINDS))
@@ -107,8 +109,8 @@ static int result_of(const struct ffs_fork *f, char out[16], struct ffs_error *e
 	return 0;
 }
 
-static void answer(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller *who, struct ffs_handle *h, size_t size,
-	uint64_t off)
+static void answer(struct ffs_fs *fs, fuse_req_t req, const struct ffs_caller *who, struct ffs_handle *h,
+	size_t size, uint64_t off)
 {
 	struct ffs_error err = {0};
 	char word[16] = "";
@@ -207,7 +209,8 @@ static void *listen_thread(void *arg)
 				ffs_log(FFS_LOG_ERROR, "acknowledgements: errno %d", errno);
 		}
 		if (n < 0 && errno != EINTR) {
-			ffs_log(FFS_LOG_ERROR, "acknowledgements are not listened for any more: %s", strerror(errno));
+			ffs_log(FFS_LOG_ERROR, "acknowledgements are not listened for any more: %s",
+				strerror(errno));
 			break;
 		}
 	}
@@ -332,7 +335,8 @@ void ffs_ack_expect(struct ffs_fork *f)
 		const struct ffs_fork_box *b = &ffs_container(e, struct ffs_staged, link)->box;
 
 		/* there are never more payloads than it takes */
-		if (b->wants_ack && ffs_ack_add(&a->wait, b->frame.id.kind, b->frame.id.name, b->ack_timeout_ms) < 0)
+		if (b->wants_ack &&
+			ffs_ack_add(&a->wait, b->frame.id.kind, b->frame.id.name, b->ack_timeout_ms) < 0)
 			ffs_log(FFS_LOG_ERROR, "fork '%s' has too many mailboxes", f->name);
 	}
 }
@@ -365,7 +369,8 @@ bool ffs_ack_readable(const struct ffs_fork *f)
 struct json_object *ffs_ack_json(const struct ffs_fork *f)
 {
 	const struct ffs_ack_wait *w = &f->ack->wait;
-	struct json_object *o = json_object_new_object(), *boxes = json_object_new_object(), *ignored = json_object_new_object();
+	struct json_object *o = json_object_new_object(), *boxes = json_object_new_object(),
+			   *ignored = json_object_new_object();
 
 	json_object_object_add(o, "state", json_object_new_string(ffs_ack_state_name(ffs_ack_result(w))));
 	json_object_object_add(o, "port", json_object_new_int64(f->ack->port));

@@ -15,8 +15,8 @@ struct ffs_fork_ack {
 	unsigned port;
 	struct ffs_error deaf;
 	struct ffs_ack_wait wait;
-	bool asked; /* somebody has opened the file: from when its memory is open too, time runs */
-	bool told;  /* those who poll know that it is over */
+	bool asked;            /* somebody has opened the file: from when its memory is open too, time runs */
+	bool told;             /* those who poll know that it is over */
 	struct ffs_list waits; /* struct ffs_parked */
 };
 

@@ -227,8 +227,8 @@ static int attach_the_same(struct again *a, struct ffs_sandbox **engine, struct 
 	int r;
 
 	/* what was left of the daemon before, its watchdog say, may just be letting go of the VM */
-	while ((r = attach(a->fs, &a->req, a->fs->give_up, engine, err)) == -EBUSY && ffs_proc_alive(a->vmm) &&
-		!ffs_cancel_is_set(a->fs->give_up) && ffs_held_again(deadline))
+	while ((r = attach(a->fs, &a->req, a->fs->give_up, engine, err)) == -EBUSY &&
+		ffs_proc_alive(a->vmm) && !ffs_cancel_is_set(a->fs->give_up) && ffs_held_again(deadline))
 		*err = (struct ffs_error){0};
 	if (!ffs_proc_alive(a->vmm)) {
 		if (!r)

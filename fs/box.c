@@ -440,7 +440,8 @@ static void unlink_task(struct ffs_task *t)
 	struct ffs_error err = {0};
 	int r = ffs_fork_keep_unstaged(t->node->fork, t->name, &err);
 
-	ffs_reply_failure(t->call.fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, &err);
+	ffs_reply_failure(
+		t->call.fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, &err);
 }
 
 static void start_unlink(struct ffs_call *call, struct ffs_node *dir, const char *name)

@@ -328,7 +328,8 @@ static int accept_bytes(struct ffs_txn *t, const char *buf, size_t len, struct f
 			set_result(t, failure(-r, err));
 		return r;
 	}
-	r = ffs_request_admit(t->fs, t->sbx, &t->who, o, (struct ffs_span){t->raw, t->received}, &t->request, err);
+	r = ffs_request_admit(
+		t->fs, t->sbx, &t->who, o, (struct ffs_span){t->raw, t->received}, &t->request, err);
 	json_object_put(o);
 	if (r < 0) {
 		set_result(t, failure(-r, err));

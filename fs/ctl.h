@@ -101,14 +101,14 @@ int ffs_request_parse_fork(
 	struct json_object *o, struct ffs_span raw, struct ffs_request *req, struct ffs_error *err);
 /* Find and check everything, write nothing that could be seen: all payloads or none. Without the tree lock; reads
  * guest memory. */
-int ffs_request_admit_fork(struct ffs_sbx *sbx, const struct ffs_caller *who, struct ffs_request *req,
-	struct ffs_error *err);
+int ffs_request_admit_fork(
+	struct ffs_sbx *sbx, const struct ffs_caller *who, struct ffs_request *req, struct ffs_error *err);
 void ffs_request_run_fork(struct ffs_txn *t, struct ffs_request *req);
 /* Members of an untrusted object (request-parse.c); `what` is the verb. *out is NULL where there is none. */
 int ffs_request_known_keys(
 	struct json_object *o, const char *what, const char *const *keys, struct ffs_error *err);
-int ffs_request_string(struct json_object *o, const char *what, const char *key, size_t max,
-	const char **out, struct ffs_error *err);
+int ffs_request_string(struct json_object *o, const char *what, const char *key, size_t max, const char **out,
+	struct ffs_error *err);
 int ffs_request_bool(
 	struct json_object *o, const char *what, const char *key, bool *out, struct ffs_error *err);
 

@@ -88,8 +88,8 @@ struct ffs_live {
 	struct ffs_shot *shot; /* referenced; NULL: being taken, or ended */
 	struct ffs_fork *fork; /* the payloads that lie over its memory; referenced */
 	bool taking;
-	unsigned stagers;      /* writes of payloads that wait for the branch to be taken, beside the openers */
-	struct ffs_error why;  /* it was not taken */
+	unsigned stagers; /* writes of payloads that wait for the branch to be taken, beside the openers */
+	struct ffs_error why; /* it was not taken */
 	char *key;
 	struct ffs_list openers;        /* struct ffs_parked: wait for the branch to be taken */
 	struct ffs_cancel *cancel;      /* of the take */
@@ -117,7 +117,7 @@ struct ffs_named {
 	struct ffs_named_disk *disks; /* fixed with the shot */
 	unsigned n_disks;
 	struct ffs_conversion *conversion; /* while it is given another form (convert.c) */
-	char *key; /* a cached branch: what it was taken for; NULL: its user's */
+	char *key;                         /* a cached branch: what it was taken for; NULL: its user's */
 	uint64_t last_use_ns;
 	struct ffs_list link;  /* in sbx->branches */
 	struct ffs_list waits; /* struct ffs_parked: reads of `wait` */
@@ -148,7 +148,7 @@ struct ffs_sbx {
 	struct ffs_gen_table *gens;
 	struct ffs_list tokens;           /* of its mailboxes, by session: box.c */
 	struct ffs_mailbox_frames frames; /* where they were when its memory was searched last */
-	struct ffs_list branches; /* struct ffs_named */
+	struct ffs_list branches;         /* struct ffs_named */
 	unsigned n_branches;
 	struct ffs_list link; /* in fs->sandboxes */
 };
@@ -168,14 +168,14 @@ struct ffs_fs {
 	struct ffs_engine *engine;    /* fixed */
 	struct fuse_session *se;      /* fixed */
 	struct ffs_passthrough pass;
-	struct ffs_store *store;   /* NULL: none; fixed */
+	struct ffs_store *store;       /* NULL: none; fixed */
 	struct ffs_attached *attached; /* records of what is attached; NULL: none are kept; fixed */
 	struct ffs_cancel *give_up;    /* attaching again; fixed */
-	atomic_bool store_pass;    /* the kernel serves files of the store; false once it refused */
-	struct ffs_pool *pool;     /* fixed */
-	struct ffs_pool *writers;  /* into the store; fixed */
-	struct ffs_reaper *reaper; /* fixed */
-	uid_t uid;                 /* of the mounting user, fixed */
+	atomic_bool store_pass;        /* the kernel serves files of the store; false once it refused */
+	struct ffs_pool *pool;         /* fixed */
+	struct ffs_pool *writers;      /* into the store; fixed */
+	struct ffs_reaper *reaper;     /* fixed */
+	uid_t uid;                     /* of the mounting user, fixed */
 	gid_t gid;
 	uint64_t mounted_ns; /* wall clock, fixed */
 	int mount_id;        /* of our mount in our namespace, as fdinfo names it; 0: not known */
@@ -185,7 +185,7 @@ struct ffs_fs {
 	pthread_mutex_t names; /* above the tree lock: names of the store's branches (durable.c) */
 	pthread_mutex_t lock;
 	pthread_cond_t live_taken; /* a branch of branch/ was taken, or not */
-	struct ffs_list writes; /* struct ffs_write: from before the pause until it is published */
+	struct ffs_list writes;    /* struct ffs_write: from before the pause until it is published */
 	uint64_t writes_arrived, write_turns;
 	unsigned n_reaps; /* jobs that delete files of removed branches; durable_idle says when one is done */
 	uint64_t reaped_ns; /* when the last one was */

@@ -74,8 +74,7 @@ int ffs_data_check_open(struct ffs_node *node, int flags, struct ffs_error *err)
 			"-b)",
 			node->key.key);
 	/* for private mappings, as QEMU makes them */
-	if (mode == O_RDWR &&
-		ffs_kind_is_manifest(node->key.kind))
+	if (mode == O_RDWR && ffs_kind_is_manifest(node->key.kind))
 		return -ffs_error_set(err, EPERM, "manifest.json is read-only");
 	return 0;
 }
@@ -209,12 +208,14 @@ void ffs_named_open(struct ffs_call *call, struct ffs_node *node, int flags)
 	} else if (!code && node->fork && node->fork->failure.code) {
 		code = -ffs_error_set(&err, EIO, "%s", node->fork->failure.text);
 	} else if (!code && node->key.kind == FFS_KIND_FORK_MEMORY && node->fork->changing) {
-		code = -ffs_error_set(&err, EBUSY, "a payload of fork '%s' is just being written", node->fork->name);
+		code = -ffs_error_set(
+			&err, EBUSY, "a payload of fork '%s' is just being written", node->fork->name);
 	} else if (!code && (flags & O_ACCMODE) == O_RDWR && node->key.mode != FFS_MODE_DIRECT) {
 		/* the kernel looks the name up again and is given the writers' node */
 		ffs_retry_note(fs, call->who.tid, node->ino, FFS_RETRY_WRITER);
 		code = ESTALE;
-	} else if (!code && node->key.mode == FFS_MODE_PASS && !ffs_shot_is_file(node->named->shot, is_memory(node->key.kind))) {
+	} else if (!code && node->key.mode == FFS_MODE_PASS &&
+		   !ffs_shot_is_file(node->named->shot, is_memory(node->key.kind))) {
 		/* converted since: the name has another node now */
 		code = ESTALE;
 	} else if (!code) {

@@ -34,7 +34,7 @@ struct ffs_durable {
 	/* written by the job, read when it is over: */
 	struct ffs_stored *stored;
 	struct ffs_layer *kin; /* of what was written */
-	struct ffs_error why; /* code 0: it is published */
+	struct ffs_error why;  /* code 0: it is published */
 	bool over;
 };
 
@@ -149,7 +149,8 @@ static void gate_leave(void *arg, int result)
 }
 
 /* Tree lock held: the youngest packed branch of a sandbox with as much memory, the one of that id, or `best`. */
-static struct ffs_stored *younger(const struct ffs_shot *s, const struct ffs_sbx *sbx, const char *id, struct ffs_stored *best)
+static struct ffs_stored *younger(
+	const struct ffs_shot *s, const struct ffs_sbx *sbx, const char *id, struct ffs_stored *best)
 {
 	for (struct ffs_list *e = sbx->branches.next; e != &sbx->branches; e = e->next) {
 		struct ffs_named *n = ffs_container(e, struct ffs_named, link);
@@ -223,7 +224,8 @@ static int read_branch(void *arg, void *buf, size_t len, uint64_t off, struct ff
 
 	if (n == (ssize_t)len)
 		return 0;
-	return ffs_error_errno(err, n < 0 ? (int)-n : EIO, "memory of branch %s cannot be read", ffs_branch_id(b));
+	return ffs_error_errno(
+		err, n < 0 ? (int)-n : EIO, "memory of branch %s cannot be read", ffs_branch_id(b));
 }
 
 /* An image is a file; a branch that shares pages with its parent is read page by page, into no memory of ours. */

@@ -65,14 +65,15 @@ static int describe(const struct ffs_fork *f, const struct ffs_staged *add, cons
 	return got;
 }
 
-static int text_of(struct ffs_fork *f, const struct ffs_staged *add, const struct ffs_staged *drop, char **text,
-	size_t *len, struct ffs_error *err)
+static int text_of(struct ffs_fork *f, const struct ffs_staged *add, const struct ffs_staged *drop,
+	char **text, size_t *len, struct ffs_error *err)
 {
 	struct ffs_fs *fs = f->named->sbx->fs;
 	struct ffs_fork_record r = {0};
 
 	pthread_mutex_lock(&fs->lock);
-	int got = f->failure.code ? ffs_error_set(err, EIO, "%s", f->failure.text) : describe(f, add, drop, &r);
+	int got =
+		f->failure.code ? ffs_error_set(err, EIO, "%s", f->failure.text) : describe(f, add, drop, &r);
 
 	pthread_mutex_unlock(&fs->lock);
 	if (got == -ENOMEM)
@@ -111,8 +112,8 @@ static int directory(struct ffs_fork *f, int *dir, struct ffs_error *err)
 
 /* Tree lock not held. Where the last step fails it may or may not be there after a crash: then the fork is unusable, and
  * says why. */
-static int write_file(struct ffs_fork *f, int dir, const struct ffs_staged *add, const struct ffs_staged *drop,
-	bool fresh, struct ffs_error *err)
+static int write_file(struct ffs_fork *f, int dir, const struct ffs_staged *add,
+	const struct ffs_staged *drop, bool fresh, struct ffs_error *err)
 {
 	struct ffs_fs *fs = f->named->sbx->fs;
 	_cleanup_free_ char *text = NULL;
@@ -208,7 +209,8 @@ int ffs_fork_keep_staged(struct ffs_fork *f, struct ffs_staged *s, struct ffs_er
 		r = ffs_fork_stage(f, s, false, err);
 		/* no memory: the store has what the tree has not */
 		if (r < 0 && dir >= 0)
-			ffs_error_set(&f->failure, EIO, "fork '%s' is not what the store has: make another", f->name);
+			ffs_error_set(&f->failure, EIO, "fork '%s' is not what the store has: make another",
+				f->name);
 	}
 	pthread_mutex_unlock(&fs->lock);
 	pthread_mutex_unlock(&fs->names);
@@ -331,8 +333,8 @@ void ffs_forks_load(struct ffs_fs *fs, struct ffs_stored *stored, struct ffs_lis
 	if (!r)
 		r = ffs_fork_files_each(ffs_stored_dirfd(stored), load_one, &l);
 	if (r < 0)
-		ffs_log(FFS_LOG_WARN, "store: the forks of branch %s can't be found: %s", ffs_stored_id(stored),
-			strerror(-r));
+		ffs_log(FFS_LOG_WARN, "store: the forks of branch %s can't be found: %s",
+			ffs_stored_id(stored), strerror(-r));
 }
 
 void ffs_forks_adopt(struct ffs_named *named, struct ffs_list *loaded)

@@ -142,7 +142,8 @@ static int check_fixed(const struct ffs_fork *f, struct ffs_error *err)
 	if (!f->fixed)
 		return 0;
 	return ffs_error_set(err, EBUSY,
-		f->named ? "fork '%s' was read, or made before the daemon began: it never changes again; make another"
+		f->named ? "fork '%s' was read, or made before the daemon began: it never changes again; "
+			   "make another"
 			 : "the snapshot%s that it was meant for was read meanwhile",
 		f->name);
 }
@@ -203,9 +204,9 @@ struct ffs_staged *ffs_fork_staged(const struct ffs_fork *f, const char *text)
 
 int ffs_fork_may_unstage(const struct ffs_fork *f, const char *text, struct ffs_error *err)
 {
-	return ffs_fork_staged(f, text) ? check_fixed(f, err)
-					: ffs_error_set(err, ENOENT,
-						  "mailbox '%.80s' has no payload to take back", text);
+	return ffs_fork_staged(f, text)
+		       ? check_fixed(f, err)
+		       : ffs_error_set(err, ENOENT, "mailbox '%.80s' has no payload to take back", text);
 }
 
 int ffs_fork_unstage(struct ffs_fork *f, const char *text, struct ffs_error *err)
@@ -372,7 +373,8 @@ static void rmdir_task(struct ffs_task *t)
 }
 
 /* It is claimed at once: what is done must be said to be done. */
-static void start(struct ffs_call *call, struct ffs_node *dir, const char *name, void (*run)(struct ffs_task *t))
+static void start(
+	struct ffs_call *call, struct ffs_node *dir, const char *name, void (*run)(struct ffs_task *t))
 {
 	struct ffs_task *t = ffs_task_new(call, false);
 

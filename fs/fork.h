@@ -27,8 +27,8 @@ struct ffs_fork {
 	struct ffs_list staged;      /* struct ffs_staged */
 	unsigned n_staged;
 	struct ffs_list tokens; /* box.c */
-	bool fixed;             /* somebody has opened its memory, or an earlier daemon made it: it never changes again */
-	bool changing;          /* its file in the store is being written: nobody opens its memory meanwhile */
+	bool fixed; /* somebody has opened its memory, or an earlier daemon made it: it never changes again */
+	bool changing; /* its file in the store is being written: nobody opens its memory meanwhile */
 	struct ffs_fork_ack *ack; /* ack.c; NULL: nothing of it is to be acknowledged */
 	struct ffs_error failure; /* code 0: it is good; else why it can't be used */
 	bool removed;

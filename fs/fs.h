@@ -21,14 +21,14 @@ enum ffs_passthrough_option {
 struct ffs_mount_options {
 	const char *mountpoint; /* a directory; a dead FUSE mount on it is detached first */
 	bool foreground;        /* no fork; log to stderr */
-	bool allow_other;     /* other users may enter what they are lent (owner=); default: the mounting user
+	bool allow_other; /* other users may enter what they are lent (owner=); default: the mounting user
 				 alone */
-	bool branch_off;      /* hide branch/ and branch@KEY/ */
-	bool reattach_off;    /* neither find again what an earlier daemon had attached, nor leave word for a later one */
-	uint64_t lease_ns;    /* life of a generation after its last open, read or close; 30 s */
-	unsigned branch_rate; /* branch/ triggers a second and sandbox, then EAGAIN; 10. 0: no limit */
-	uint64_t memory;      /* for images: struct ffs_engine_limits; FFS_MEMORY_AUTO */
-	unsigned captures;    /* at once; twice the CPUs, at least 8. 0: any number */
+	bool branch_off;  /* hide branch/ and branch@KEY/ */
+	bool reattach_off; /* neither find again what an earlier daemon had attached, nor leave word for a later one */
+	uint64_t lease_ns;     /* life of a generation after its last open, read or close; 30 s */
+	unsigned branch_rate;  /* branch/ triggers a second and sandbox, then EAGAIN; 10. 0: no limit */
+	uint64_t memory;       /* for images: struct ffs_engine_limits; FFS_MEMORY_AUTO */
+	unsigned captures;     /* at once; twice the CPUs, at least 8. 0: any number */
 	uint64_t cache_age_ns; /* a cached branch goes when nobody has used it for so long; 0: by age never */
 	uint64_t cache_size;   /* of all cached branches in memory, bytes; UINT64_MAX: no limit */
 	uint64_t cache_store;  /* of all cached branches in the store, bytes; UINT64_MAX: no limit */
@@ -36,8 +36,8 @@ struct ffs_mount_options {
 	char store[PATH_MAX];              /* directory of the store; "": branches live in memory only */
 	enum ffs_store_kind default_store; /* of mkdir and of requests that do not say; dense with a store */
 	bool default_store_given;
-	char ack_address[64];   /* IP address at which acknowledgements of forks are listened for; 127.0.0.1 */
-	uint32_t max_read;      /* largest read request asked for, bytes, a multiple of 4096; 1 MiB */
+	char ack_address[64]; /* IP address at which acknowledgements of forks are listened for; 127.0.0.1 */
+	uint32_t max_read;    /* largest read request asked for, bytes, a multiple of 4096; 1 MiB */
 	enum ffs_log_level log; /* FFS_LOG_INFO */
 	/* Called in the serving process once the mount answers, from a thread of the daemon; may be NULL. */
 	void (*ready)(void *arg);

@@ -86,7 +86,8 @@ bool ffs_kind_is_data(enum ffs_kind kind)
 {
 	return ffs_kind_is_live_file(kind) || kind == FFS_KIND_NAMED_MEMORY ||
 	       kind == FFS_KIND_NAMED_VMSTATE || kind == FFS_KIND_NAMED_MANIFEST || kind == FFS_KIND_DISK ||
-	       kind == FFS_KIND_FORK_MEMORY || kind == FFS_KIND_FORK_VMSTATE || kind == FFS_KIND_FORK_MANIFEST;
+	       kind == FFS_KIND_FORK_MEMORY || kind == FFS_KIND_FORK_VMSTATE ||
+	       kind == FFS_KIND_FORK_MANIFEST;
 }
 
 bool ffs_kind_is_manifest(enum ffs_kind kind)
@@ -174,8 +175,7 @@ static uint64_t serial_of(
 uint64_t ffs_node_dir_ino(const struct ffs_node *n)
 {
 	enum ffs_kind dir = kinds[n->key.kind].dir;
-	const char *key =
-		n->key.kind == FFS_KIND_DISK || ffs_kind_is_box(n->key.kind) ? NULL : n->key.key;
+	const char *key = n->key.kind == FFS_KIND_DISK || ffs_kind_is_box(n->key.kind) ? NULL : n->key.key;
 
 	return ffs_ino(dir, serial_of(n->sbx, n->named, n->fork), key);
 }
@@ -311,8 +311,7 @@ struct ffs_node *ffs_node_get(struct ffs_fs *fs, const struct ffs_node_key *key,
 	return get_node(fs, key, sbx, named, live, NULL);
 }
 
-struct ffs_node *ffs_node_get_fork(
-	struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_fork *fork)
+struct ffs_node *ffs_node_get_fork(struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_fork *fork)
 {
 	return get_node(fs, key, fork->named->sbx, fork->named, NULL, fork);
 }

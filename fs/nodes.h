@@ -39,10 +39,10 @@ enum ffs_kind {
 	FFS_KIND_FORK_STATUS,
 	FFS_KIND_FORK_ACK,    /* forks/NAME/ack, where something of it is to be acknowledged */
 	FFS_KIND_FORK_RECORD, /* forks/NAME/record.json */
-	FFS_KIND_FORK_BOXES, /* forks/NAME/mailboxes */
-	FFS_KIND_SBX_BOXES,  /* SANDBOX/mailboxes */
-	FFS_KIND_SBX_BOX,    /* a mailbox in it; object: the sandbox's serial */
-	FFS_KIND_FORK_BOX,   /* a mailbox in it; key: NAME or NAME:TOKEN */
+	FFS_KIND_FORK_BOXES,  /* forks/NAME/mailboxes */
+	FFS_KIND_SBX_BOXES,   /* SANDBOX/mailboxes */
+	FFS_KIND_SBX_BOX,     /* a mailbox in it; object: the sandbox's serial */
+	FFS_KIND_FORK_BOX,    /* a mailbox in it; key: NAME or NAME:TOKEN */
 	FFS_KIND_COUNT,
 };
 
@@ -89,8 +89,7 @@ struct ffs_node *ffs_node_by_id(struct ffs_fs *fs, uint64_t id);
 struct ffs_node *ffs_node_get(struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_sbx *sbx,
 	struct ffs_named *named, struct ffs_live *live);
 /* The same for what belongs to a fork of a named branch. */
-struct ffs_node *ffs_node_get_fork(
-	struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_fork *fork);
+struct ffs_node *ffs_node_get_fork(struct ffs_fs *fs, const struct ffs_node_key *key, struct ffs_fork *fork);
 /* A node of branch/ gets its generation; its old key is free again. */
 void ffs_node_bind(struct ffs_fs *fs, struct ffs_node *n, struct ffs_live *live);
 struct ffs_node *ffs_node_ref(struct ffs_node *n);
@@ -106,7 +105,7 @@ bool ffs_kind_is_dir(enum ffs_kind kind);
 /* memory.bin, vmstate or manifest.json of branch/ or of a named branch, and its disks. */
 bool ffs_kind_is_live_file(enum ffs_kind kind);
 bool ffs_kind_is_data(enum ffs_kind kind);
-bool ffs_kind_is_box(enum ffs_kind kind); /* a mailbox, which is written and read back */
+bool ffs_kind_is_box(enum ffs_kind kind);   /* a mailbox, which is written and read back */
 bool ffs_kind_is_boxes(enum ffs_kind kind); /* a directory of mailboxes */
 bool ffs_kind_is_manifest(enum ffs_kind kind);
 bool ffs_kind_is_ctl(enum ffs_kind kind);
@@ -147,16 +146,16 @@ struct ffs_handle {
 	uint64_t id;
 	unsigned refs; /* one of the kernel, those of parked requests */
 	bool released;
-	struct ffs_node *node; /* referenced */
-	int flags;             /* of open(2) */
-	struct ffs_caller who; /* who opened it */
-	struct ffs_shot *shot; /* referenced: data files */
-	struct ffs_live *live; /* referenced: files of branch/ count as open in its generation */
-	bool counted;          /* in the generation */
-	struct ffs_txn *txn;   /* ctl */
-	struct ffs_box *box;   /* a mailbox */
+	struct ffs_node *node;       /* referenced */
+	int flags;                   /* of open(2) */
+	struct ffs_caller who;       /* who opened it */
+	struct ffs_shot *shot;       /* referenced: data files */
+	struct ffs_live *live;       /* referenced: files of branch/ count as open in its generation */
+	bool counted;                /* in the generation */
+	struct ffs_txn *txn;         /* ctl */
+	struct ffs_box *box;         /* a mailbox */
 	struct ffs_overlay *overlay; /* referenced: over the memory that is read; NULL: none */
-	char *text;            /* a generated file's content, made anew for each read from the start */
+	char *text;                  /* a generated file's content, made anew for each read from the start */
 	size_t text_len;
 	uint64_t event_seq;         /* events: the next to read */
 	struct ffs_dirent *entries; /* directory listing */

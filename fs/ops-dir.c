@@ -19,9 +19,8 @@
 
 static const enum ffs_kind meta_kinds[] = {
 	FFS_KIND_VERSION, FFS_KIND_CAPABILITIES, FFS_KIND_METRICS, FFS_KIND_EVENTS, FFS_KIND_META_CTL};
-static const enum ffs_kind sbx_kinds[] = {
-	FFS_KIND_SBX_STATUS, FFS_KIND_SBX_STATE, FFS_KIND_SBX_CTL, FFS_KIND_BRANCHES, FFS_KIND_SBX_BOXES,
-	FFS_KIND_LIVE};
+static const enum ffs_kind sbx_kinds[] = {FFS_KIND_SBX_STATUS, FFS_KIND_SBX_STATE, FFS_KIND_SBX_CTL,
+	FFS_KIND_BRANCHES, FFS_KIND_SBX_BOXES, FFS_KIND_LIVE};
 /* manifest.json last: reading it waits for the capture, and cp -r takes the order of the listing */
 static const enum ffs_kind live_kinds[] = {
 	FFS_KIND_LIVE_MEMORY, FFS_KIND_LIVE_VMSTATE, FFS_KIND_LIVE_MANIFEST};
@@ -323,7 +322,10 @@ static void list(struct ffs_fs *fs, struct ffs_node *dir, struct ffs_listing *l)
 {
 	const enum ffs_kind *kinds = NULL;
 	unsigned n = children(fs, dir, &kinds);
-	uint64_t serial = dir->fork ? dir->fork->serial : dir->named ? dir->named->serial : dir->sbx ? dir->sbx->serial : 0;
+	uint64_t serial = dir->fork    ? dir->fork->serial
+			  : dir->named ? dir->named->serial
+			  : dir->sbx   ? dir->sbx->serial
+				       : 0;
 
 	ffs_listing_add(l, ".", dir->ino, S_IFDIR);
 	ffs_listing_add(l, "..", parent_ino(dir), S_IFDIR);
@@ -356,7 +358,8 @@ static void list(struct ffs_fs *fs, struct ffs_node *dir, struct ffs_listing *l)
 			struct ffs_named *b = ffs_container(e, struct ffs_named, link);
 
 			if (b->shot)
-				ffs_listing_add(l, b->name, ffs_ino(FFS_KIND_NAMED, b->serial, NULL), S_IFDIR);
+				ffs_listing_add(
+					l, b->name, ffs_ino(FFS_KIND_NAMED, b->serial, NULL), S_IFDIR);
 		}
 	}
 }
@@ -524,7 +527,8 @@ void ffs_op_mkdir(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mo
 		ffs_fork_mkdir(&call, dir, name);
 	else
 		refuse(&call, dir, EPERM,
-			"directories are made in branches/ (a named branch) and in a branch's forks/ only; a VM "
+			"directories are made in branches/ (a named branch) and in a branch's forks/ only; a "
+			"VM "
 			"gets its directory by attach");
 	ffs_call_end(&call, dir);
 }

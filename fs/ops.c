@@ -118,7 +118,8 @@ static void op_unlink(fuse_req_t req, fuse_ino_t parent, const char *name)
 		ffs_caller_of(req, &call.who);
 		ffs_box_unlink(&call, dir, name);
 	} else {
-		ffs_error_set(&err, EPERM, "files of the tree can't be removed; rmdir removes a whole branch");
+		ffs_error_set(
+			&err, EPERM, "files of the tree can't be removed; rmdir removes a whole branch");
 		ffs_reply_failure(call.fs, req, &call.who, ffs_node_dir_ino(dir), EPERM, &err);
 	}
 	ffs_call_end(&call, dir);

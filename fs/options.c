@@ -177,7 +177,8 @@ static int with_value(
 	} else {
 		r = ffs_error_set(err, EINVAL,
 			"there is no mount option '%s' (allow_other, branch=, branch-rate=, lease=, "
-			"memory=, captures=, cache-age=, cache-size=, cache-store=, passthrough=, reattach=, store=, "
+			"memory=, captures=, cache-age=, cache-size=, cache-store=, passthrough=, reattach=, "
+			"store=, "
 			"default-store=, ack-address=, max_read=, "
 			"log=)",
 			name);

@@ -172,7 +172,8 @@ struct ffs_task *ffs_task_new_write(struct ffs_call *call, bool cancellable, str
 void ffs_task_answer_write(struct ffs_task *t, int r, const struct ffs_error *err)
 {
 	if (r < 0)
-		ffs_reply_failure(t->call.fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, err);
+		ffs_reply_failure(
+			t->call.fs, ffs_parked_req(t->p), &t->call.who, ffs_node_dir_ino(t->node), -r, err);
 	else
 		fuse_reply_write(ffs_parked_req(t->p), t->size);
 }

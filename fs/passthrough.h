@@ -32,7 +32,7 @@ enum ffs_open_how {
 	FFS_OPEN_CACHED, /* page cache, kept from earlier opens: content never changes */
 	FFS_OPEN_DIRECT,
 	FFS_OPEN_FLUSHED, /* direct, and told of each close: the only ones that FLUSH is sent for */
-	FFS_OPEN_STREAM, /* direct, no file position */
+	FFS_OPEN_STREAM,  /* direct, no file position */
 	FFS_OPEN_PASS,
 };
 /* Answer OPEN. Non-zero: the client is gone, no RELEASE will come. */

@@ -178,8 +178,8 @@ static int parse_socket(struct json_object *o, struct ffs_request *req, struct f
 
 static int parse_attach(struct json_object *o, struct ffs_request *req, struct ffs_error *err)
 {
-	static const char *const keys[] = {
-		"name", "qemu", "coop", "firecracker", "pid", "track", "force", "owner", "disks", "restored_from", NULL};
+	static const char *const keys[] = {"name", "qemu", "coop", "firecracker", "pid", "track", "force",
+		"owner", "disks", "restored_from", NULL};
 	const char *owner, *origin;
 	struct json_object *pid;
 	int r = ffs_request_known_keys(o, "attach", keys, err);
@@ -220,7 +220,8 @@ static int parse_attach(struct json_object *o, struct ffs_request *req, struct f
 	return parse_disks(o, req, err);
 }
 
-static int parse_store(struct json_object *o, const char *what, struct ffs_request *req, struct ffs_error *err)
+static int parse_store(
+	struct json_object *o, const char *what, struct ffs_request *req, struct ffs_error *err)
 {
 	const char *v;
 	int r = ffs_request_string(o, what, "store", 64, &v, err);
@@ -332,8 +333,8 @@ static int parse_convert(struct json_object *o, struct ffs_request *req, struct 
 	return r;
 }
 
-int ffs_request_parse(struct json_object *o, bool root, struct ffs_span raw, struct ffs_request *req,
-	struct ffs_error *err)
+int ffs_request_parse(
+	struct json_object *o, bool root, struct ffs_span raw, struct ffs_request *req, struct ffs_error *err)
 {
 	static const char *const none[] = {NULL}, *const only_name[] = {"name", NULL};
 	const char *verb = NULL;

@@ -113,8 +113,11 @@ static int running_memory(struct ffs_sbx *sbx, struct ffs_mailbox_memory *out, s
 	pthread_mutex_unlock(&sbx->fs->lock);
 	if (!engine)
 		return ffs_error_set(err, ESRCH, "sandbox '%s' has no VM that runs", sbx->name);
-	*out = (struct ffs_mailbox_memory){
-		.size = ffs_sandbox_memory_size(engine), .fd = -1, .read = read_running, .heads = heads_running, .arg = engine};
+	*out = (struct ffs_mailbox_memory){.size = ffs_sandbox_memory_size(engine),
+		.fd = -1,
+		.read = read_running,
+		.heads = heads_running,
+		.arg = engine};
 	return 0;
 }
 
@@ -177,7 +180,8 @@ int ffs_sbx_find_frame(struct ffs_sbx *sbx, const struct ffs_stage_request *req,
  * ------------------------------------------------------------------------------------------------------ */
 
 /* The branch's page with the payload in it. */
-static int make_page(struct ffs_shot *shot, struct ffs_staged *s, const uint8_t epoch[16], unsigned port, struct ffs_error *err)
+static int make_page(struct ffs_shot *shot, struct ffs_staged *s, const uint8_t epoch[16], unsigned port,
+	struct ffs_error *err)
 {
 	ssize_t n = read_memory(shot, s->box.page, sizeof(s->box.page), s->box.frame.offset, err);
 
@@ -192,7 +196,8 @@ static int make_page(struct ffs_shot *shot, struct ffs_staged *s, const uint8_t 
 static int check_port(enum ffs_mailbox_kind kind, struct ffs_span payload, struct ffs_error *err)
 {
 	char with_port[FFS_MAILBOX_PAYLOAD_MAX];
-	ssize_t n = ffs_json_add_port(payload, FFS_ACK_PORT_KEY, 65535, with_port, ffs_mailbox_layout(kind)->payload_max, err);
+	ssize_t n = ffs_json_add_port(
+		payload, FFS_ACK_PORT_KEY, 65535, with_port, ffs_mailbox_layout(kind)->payload_max, err);
 
 	return n < 0 ? (int)n : 0;
 }
@@ -216,7 +221,8 @@ static int fill(struct ffs_shot *shot, const struct ffs_mailbox_frames *frames,
 	s->box.ack_timeout_ms = req->ack_timeout_ms;
 	r = ffs_json_object(s->box.text, s->box.text_len, &s->box.payload, err);
 	if (!r)
-		r = ffs_mailbox_fits(frame->id.kind, s->box.payload.len, frame->offset, shot->memory_size, err);
+		r = ffs_mailbox_fits(
+			frame->id.kind, s->box.payload.len, frame->offset, shot->memory_size, err);
 	if (!r && s->box.wants_ack)
 		r = check_port(frame->id.kind, s->box.payload, err);
 	return r < 0 ? r : make_page(shot, s, epoch, req->ack_port, err);

@@ -169,8 +169,8 @@ static int make_metrics(struct ffs_fs *fs, char **text)
 		atomic_load(&c->reattached));
 	metric(f, "reattaching", "gauge", "VMs of an earlier daemon that are being attached again.",
 		atomic_load(&c->reattaching));
-	metric(f, "reattach_failed_total", "counter", "VMs of an earlier daemon that are gone, or could not be attached.",
-		atomic_load(&c->lost));
+	metric(f, "reattach_failed_total", "counter",
+		"VMs of an earlier daemon that are gone, or could not be attached.", atomic_load(&c->lost));
 	metric(f, "rate_limited_total", "counter", "Opens of branch/ refused by branch-rate.",
 		atomic_load(&c->limited));
 	metric(f, "errors_total", "counter", "Requests that failed with a sentence.",
@@ -179,7 +179,8 @@ static int make_metrics(struct ffs_fs *fs, char **text)
 		atomic_load(&c->interrupted));
 	metric(f, "acks_total", "counter", "Acknowledgements of mailboxes of forks.",
 		atomic_load(&c->acks[FFS_ACK_TAKEN]));
-	fprintf(f, "# HELP forkfs_acks_ignored_total Datagrams that were none, or not the ones that forks wait for.\n"
+	fprintf(f, "# HELP forkfs_acks_ignored_total Datagrams that were none, or not the ones that forks "
+		   "wait for.\n"
 		   "# TYPE forkfs_acks_ignored_total counter\n");
 	for (enum ffs_ack_verdict v = FFS_ACK_TAKEN + 1; v < FFS_ACK_VERDICTS; v++)
 		fprintf(f, "forkfs_acks_ignored_total{why=\"%s\"} %llu\n", ffs_ack_verdict_name(v),
@@ -339,8 +340,7 @@ bool ffs_text_kind(enum ffs_kind kind)
 {
 	return kind == FFS_KIND_VERSION || kind == FFS_KIND_CAPABILITIES || kind == FFS_KIND_METRICS ||
 	       kind == FFS_KIND_SBX_STATUS || kind == FFS_KIND_SBX_STATE || kind == FFS_KIND_NAMED_STATUS ||
-	       kind == FFS_KIND_NAMED_STATE || kind == FFS_KIND_FORK_STATUS ||
-	       kind == FFS_KIND_FORK_RECORD;
+	       kind == FFS_KIND_NAMED_STATE || kind == FFS_KIND_FORK_STATUS || kind == FFS_KIND_FORK_RECORD;
 }
 
 int ffs_text_make(struct ffs_fs *fs, struct ffs_node *node, char **text, size_t *len, struct ffs_error *err)

@@ -49,8 +49,11 @@ int ffs_agent_lock(const char *socket, struct ffs_error *err)
 static int name_of(const struct ffs_agent_link *l, struct sockaddr_un *a, struct ffs_error *err)
 {
 	*a = (struct sockaddr_un){.sun_family = AF_UNIX};
-	if ((size_t)snprintf(a->sun_path, sizeof(a->sun_path), "%s.link", ffs_agent_path(l->socket)) >= sizeof(a->sun_path))
-		return ffs_error_set(err, ENAMETOOLONG, "%.100s: a name that long leaves no room for the link's own", ffs_agent_path(l->socket));
+	if ((size_t)snprintf(a->sun_path, sizeof(a->sun_path), "%s.link", ffs_agent_path(l->socket)) >=
+		sizeof(a->sun_path))
+		return ffs_error_set(err, ENAMETOOLONG,
+			"%.100s: a name that long leaves no room for the link's own",
+			ffs_agent_path(l->socket));
 	return 0;
 }
 
@@ -72,8 +75,9 @@ static int make_listener(const struct sockaddr_un *a, struct ffs_error *err)
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), code;
 
 	/* a name that nobody answers at is of a link that was killed */
-	if (fd < 0 || (unlink(a->sun_path) < 0 && errno != ENOENT) || bind(fd, (const struct sockaddr *)a, sizeof(*a)) < 0 ||
-		chmod(a->sun_path, 0600) < 0 || listen(fd, 128) < 0) {
+	if (fd < 0 || (unlink(a->sun_path) < 0 && errno != ENOENT) ||
+		bind(fd, (const struct sockaddr *)a, sizeof(*a)) < 0 || chmod(a->sun_path, 0600) < 0 ||
+		listen(fd, 128) < 0) {
 		code = errno;
 		if (fd >= 0)
 			close(fd);
@@ -182,7 +186,8 @@ static int wait_for_link(int fd, int pidfd, uint64_t deadline)
 }
 
 /* The link's next answer, in *json: 1, 0 at the deadline, or -errno with its sentence. */
-static int next_answer(int fd, int pidfd, uint64_t deadline, struct ffs_agent_input *in, char **json, struct ffs_error *err)
+static int next_answer(
+	int fd, int pidfd, uint64_t deadline, struct ffs_agent_input *in, char **json, struct ffs_error *err)
 {
 	struct agent_frame f;
 	int r = 1;
@@ -196,7 +201,8 @@ static int next_answer(int fd, int pidfd, uint64_t deadline, struct ffs_agent_in
 		if (r == 0)
 			r = -ECONNRESET;
 		if (r > 0 && f.type == AGENT_ERROR)
-			return ffs_error_set(err, EIO, "%.*s", (int)(f.len > 400 ? 400 : f.len), (const char *)f.payload);
+			return ffs_error_set(
+				err, EIO, "%.*s", (int)(f.len > 400 ? 400 : f.len), (const char *)f.payload);
 		if (r > 0 && f.type == AGENT_STATUS) {
 			*json = strndup((const char *)f.payload, f.len);
 			return *json ? 1 : ffs_error_set(err, ENOMEM, "no memory for an answer");
@@ -236,14 +242,17 @@ int ffs_agent_health(int fd, unsigned seconds, char **json, struct ffs_error *er
 		return ffs_error_errno(err, -r, "the link to the guest's agent");
 	r = next_answer(fd, -1, ffs_now_ns() + GOODBYE_MS * FFS_NS_PER_MS, in, json, err);
 	if (r == 0)
-		return ffs_error_set(err, ETIMEDOUT, "the guest's agent has not answered within %u s: not even the connection was taken", seconds);
+		return ffs_error_set(err, ETIMEDOUT,
+			"the guest's agent has not answered within %u s: not even the connection was taken",
+			seconds);
 	return r < 0 ? r : 0;
 }
 
 /* ---- where a QEMU has it ---- */
 
 /* The value of the chardev `id`, or of the option `name` in which `key` is `value`. NULL: there is none. */
-static const char *option_with(char *const *word, unsigned n, const char *name, const char *key, const char *value)
+static const char *option_with(
+	char *const *word, unsigned n, const char *name, const char *key, const char *value)
 {
 	char got[512];
 
@@ -264,7 +273,8 @@ int ffs_agent_find_in(char *const *word, unsigned n, const char *cwd, char **out
 
 	if (!port || !ffs_qemu_get(port, NULL, "chardev", id, sizeof(id)))
 		return ffs_error_set(err, ENOENT,
-			"the VM has no port for an agent (-device virtserialport,name=" AGENT_PORT ",chardev=…); --socket names one");
+			"the VM has no port for an agent (-device virtserialport,name=" AGENT_PORT
+			",chardev=…); --socket names one");
 	chardev = option_with(word, n, "chardev", "id", id);
 	if (!chardev || !ffs_qemu_get(chardev, NULL, "path", path, sizeof(path)))
 		return ffs_error_set(err, ENOENT, "the agent's chardev %.40s is no socket with a path", id);

@@ -60,7 +60,8 @@ static int dial(const struct ffs_agent_link *l, const char *path, uint64_t deadl
 	int r = ffs_dial_path(path, deadline_ns, &vm->fd);
 
 	if (r == -ECONNREFUSED)
-		return ffs_error_set(err, ECONNREFUSED, "nobody listens at %s, the socket of the guest's agent: its VM has ended", path);
+		return ffs_error_set(err, ECONNREFUSED,
+			"nobody listens at %s, the socket of the guest's agent: its VM has ended", path);
 	if (r < 0)
 		return ffs_error_errno(err, -r, "%s, the socket of the guest's agent", path);
 	if (getsockopt(vm->fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || peer.pid <= 0)

@@ -72,8 +72,8 @@ int ffs_handshake_check(struct ffs_handshake *h, uint64_t now_ns, struct ffs_err
 		return 0;
 	if (edges[h->next].wait_ns)
 		from = h->at_ns[h->next - 1];
-	snprintf(why, sizeof(why), "the guest's agent has not %s within %.1f s (edge '%s')", edges[h->next].missing,
-		(double)(deadline - from) / 1e9, edges[h->next].name);
+	snprintf(why, sizeof(why), "the guest's agent has not %s within %.1f s (edge '%s')",
+		edges[h->next].missing, (double)(deadline - from) / 1e9, edges[h->next].name);
 	return ffs_handshake_fail(h, ETIMEDOUT, why, err);
 }
 

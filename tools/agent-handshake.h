@@ -52,8 +52,8 @@ const char *ffs_edge_name(enum ffs_edge edge);
 
 struct ffs_health {
 	bool healthy, waiting;
-	unsigned missed;  /* answers, since the last that came */
-	uint64_t due_ns;  /* of the next question, or of the answer when waiting */
+	unsigned missed; /* answers, since the last that came */
+	uint64_t due_ns; /* of the next question, or of the answer when waiting */
 	uint64_t pause_ns;
 };
 

@@ -25,7 +25,7 @@
 
 #define CLIENTS 64u
 #define ATTEMPT_NS 500000000ull /* HELLO is said again after that */
-#define REST_MAX 256u		/* reads of a connection whose other end is gone */
+#define REST_MAX 256u           /* reads of a connection whose other end is gone */
 #define AGENT_MANY (256u << 10) /* towards the guest: clients are not read beyond */
 #define CLIENT_MANY (1u << 20)  /* towards a client: no guest that keeps to the windows gets there */
 
@@ -97,7 +97,8 @@ static void say_hello(struct link *k, uint64_t now)
 static struct json_object *timing(const struct link *k)
 {
 	static const char *const kinds[] = {"same", "first", "restored"};
-	struct json_object *o = json_object_new_object(), *phases = json_object_new_object(), *guest = json_object_new_object();
+	struct json_object *o = json_object_new_object(), *phases = json_object_new_object(),
+			   *guest = json_object_new_object();
 	uint64_t from = k->hs.began_ns;
 	char uuid[37];
 
@@ -106,10 +107,13 @@ static struct json_object *timing(const struct link *k)
 	json_object_object_add(o, "pid", json_object_new_int((int)k->vm.id.pid));
 	json_object_object_add(o, "guest_was", json_object_new_string(kinds[k->kind < 3 ? k->kind : 0]));
 	json_object_object_add(o, "healthy", json_object_new_boolean(k->health.healthy));
-	json_object_object_add(o, "missed", json_object_new_int((int)k->health.missed)); /* answers, since the last that came */
-	json_object_object_add(o, "due", k->hs.next < FFS_EDGES ? json_object_new_string(ffs_edge_name(k->hs.next)) : NULL);
+	json_object_object_add(o, "missed",
+		json_object_new_int((int)k->health.missed)); /* answers, since the last that came */
+	json_object_object_add(
+		o, "due", k->hs.next < FFS_EDGES ? json_object_new_string(ffs_edge_name(k->hs.next)) : NULL);
 	for (unsigned i = 0; i < k->hs.next && i < FFS_EDGES; i++) {
-		json_object_object_add(phases, ffs_edge_name(i), json_object_new_uint64(k->hs.at_ns[i] - from));
+		json_object_object_add(
+			phases, ffs_edge_name(i), json_object_new_uint64(k->hs.at_ns[i] - from));
 		from = k->hs.at_ns[i];
 	}
 	json_object_object_add(o, "began_ns", json_object_new_uint64(k->hs.began_ns)); /* CLOCK_MONOTONIC */
@@ -147,11 +151,13 @@ static void drop(struct link *k, struct client *c)
 	c->log = NULL;
 }
 
-static void to_client(struct link *k, struct client *c, uint8_t type, uint32_t stream, const void *payload, size_t len)
+static void to_client(
+	struct link *k, struct client *c, uint8_t type, uint32_t stream, const void *payload, size_t len)
 {
 	if (c->ending)
 		return;
-	if (agent_out_waits(&c->out) > CLIENT_MANY || !agent_out_frame(&c->out, type, stream, payload, len) || flush(c->fd, &c->out) < 0)
+	if (agent_out_waits(&c->out) > CLIENT_MANY || !agent_out_frame(&c->out, type, stream, payload, len) ||
+		flush(c->fd, &c->out) < 0)
 		drop(k, c);
 }
 
@@ -348,8 +354,8 @@ static void from_agent_itself(struct link *k, const struct agent_frame *f, uint6
 			answer_all(k);
 	} else if (f->type == AGENT_ERROR && k->hs.next > FFS_EDGE_BEGUN && k->hs.next < FFS_EDGES) {
 		/* it has no nonce; before BEGIN everything is of an older session */
-		snprintf(text, sizeof(text), "the guest's agent says: %.*s", (int)(f->len > 150 ? 150 : f->len),
-			(const char *)f->payload);
+		snprintf(text, sizeof(text), "the guest's agent says: %.*s",
+			(int)(f->len > 150 ? 150 : f->len), (const char *)f->payload);
 		ffs_handshake_fail(&k->hs, EPROTO, text, NULL);
 	} else if (is_ours(k, f)) {
 		if (f->type == AGENT_BEGIN && f->len >= 33) {
@@ -433,14 +439,16 @@ static void wait_and_serve(struct link *k, uint64_t due)
 	struct pollfd p[3 + CLIENTS];
 	bool serve = agent_out_waits(&k->out) < AGENT_MANY;
 
-	p[0] = (struct pollfd){.fd = k->hs.failed ? -1 : k->vm.fd, .events = POLLIN | (agent_out_waits(&k->out) ? POLLOUT : 0)};
+	p[0] = (struct pollfd){.fd = k->hs.failed ? -1 : k->vm.fd,
+		.events = POLLIN | (agent_out_waits(&k->out) ? POLLOUT : 0)};
 	p[1] = (struct pollfd){.fd = k->vm.pidfd, .events = POLLIN};
 	p[2] = (struct pollfd){.fd = k->listener, .events = POLLIN};
 	for (unsigned i = 0; i < CLIENTS; i++) {
 		struct client *c = &k->client[i];
 
-		p[3 + i] = (struct pollfd){.fd = c->fd, .events = (short)((serve && !c->ending ? POLLIN : 0) |
-									 (agent_out_waits(&c->out) ? POLLOUT : 0))};
+		p[3 + i] = (struct pollfd){.fd = c->fd,
+			.events = (short)((serve && !c->ending ? POLLIN : 0) |
+					  (agent_out_waits(&c->out) ? POLLOUT : 0))};
 	}
 	if (poll(p, 3 + CLIENTS, due == UINT64_MAX ? -1 : ffs_ms_until(due)) < 0)
 		return;
@@ -455,7 +463,8 @@ static void wait_and_serve(struct link *k, uint64_t due)
 
 		if (p[3 + i].fd < 0 || c->fd != p[3 + i].fd)
 			continue;
-		if (p[3 + i].revents & POLLOUT && (flush(c->fd, &c->out) < 0 || (c->ending && !agent_out_waits(&c->out))))
+		if (p[3 + i].revents & POLLOUT &&
+			(flush(c->fd, &c->out) < 0 || (c->ending && !agent_out_waits(&c->out))))
 			drop(k, c);
 		if (c->fd >= 0 && p[3 + i].revents & POLLIN)
 			read_client(k, c);

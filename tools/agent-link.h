@@ -12,13 +12,15 @@
 #include "base/error.h"
 #include "base/util.h"
 
-#define FFS_AGENT_READY_S 60 /* how long a guest may take to answer, when nothing else is said: only a backstop */
+#define FFS_AGENT_READY_S                                                                                    \
+	60 /* how long a guest may take to answer, when nothing else is said: only a backstop */
 
 /* ---- agent-client.c ---- */
 
 struct ffs_agent_link {
-	const char *socket; /* of the agent: a chardev's socket, the agent's own, or "vsock:" and that of a Firecracker's vsock */
-	pid_t pid;          /* of the VMM, which must be who listens there; 0: whoever does */
+	const char *
+		socket; /* of the agent: a chardev's socket, the agent's own, or "vsock:" and that of a Firecracker's vsock */
+	pid_t pid; /* of the VMM, which must be who listens there; 0: whoever does */
 	unsigned ready_s;
 };
 
@@ -65,7 +67,8 @@ struct ffs_agent_vm {
 	uint8_t epoch[16];
 };
 /* Both descriptors are the caller's, or -1, also after a failure. */
-int ffs_agent_connect(const struct ffs_agent_link *l, uint64_t deadline_ns, struct ffs_agent_vm *vm, struct ffs_error *err);
+int ffs_agent_connect(
+	const struct ffs_agent_link *l, uint64_t deadline_ns, struct ffs_agent_vm *vm, struct ffs_error *err);
 
 /* ---- agent-link.c ---- */
 

@@ -147,8 +147,8 @@ int ffs_cmd_branch(const struct ffs_command *self, int argc, char **argv)
 
 typedef int (*target_fn)(const struct ffs_tree *t, const struct ffs_target *target, struct ffs_error *err);
 
-static int each_target(const struct ffs_command *self, int argc, char **argv, enum ffs_target_kind kind,
-	target_fn fn)
+static int each_target(
+	const struct ffs_command *self, int argc, char **argv, enum ffs_target_kind kind, target_fn fn)
 {
 	bool help = false;
 	const char *mount = NULL;
@@ -181,8 +181,7 @@ static int each_target(const struct ffs_command *self, int argc, char **argv, en
 		struct ffs_target target;
 		struct ffs_error why = {0};
 
-		if (ffs_target_parse(argv[i], kind, &target, &why) < 0 ||
-			fn(&t, &target, &why) < 0)
+		if (ffs_target_parse(argv[i], kind, &target, &why) < 0 || fn(&t, &target, &why) < 0)
 			code = ffs_failure(self, &why);
 	}
 	return code;

@@ -38,7 +38,7 @@ struct exec_args {
 struct running {
 	int fd, signals;
 	bool tty, input_open, detach, main;
-	bool link_gone; /* without a word */
+	bool link_gone;  /* without a word */
 	uint32_t credit; /* of stdin */
 	struct ffs_agent_input in;
 	int code; /* -1: it runs */
@@ -136,17 +136,18 @@ static void on_refused(struct running *run, const struct agent_frame *f)
 	struct agent_reader r = {f->payload, f->len, false};
 	int code = (int)agent_get(&r, 4);
 
-	ffs_error_set(run->err, code > 0 && code < 4096 ? code : EIO, "%.*s", (int)(r.left > 200 ? 200 : r.left),
-		(const char *)r.p);
-	run->code = code == ENOENT || code == ENOTDIR			   ? EXIT_NOT_FOUND
+	ffs_error_set(run->err, code > 0 && code < 4096 ? code : EIO, "%.*s",
+		(int)(r.left > 200 ? 200 : r.left), (const char *)r.p);
+	run->code = code == ENOENT || code == ENOTDIR                     ? EXIT_NOT_FOUND
 		    : code == EACCES || code == ENOEXEC || code == EISDIR ? EXIT_CANNOT_RUN
-									   : EXIT_OURS;
+									  : EXIT_OURS;
 }
 
 /* The link has lost lines of the main command's log. */
 static void on_loss(const struct agent_frame *f)
 {
-	fprintf(stderr, "forkfs exec: the log is not whole: %.*s\n", (int)(f->len > 400 ? 400 : f->len), (const char *)f->payload);
+	fprintf(stderr, "forkfs exec: the log is not whole: %.*s\n", (int)(f->len > 400 ? 400 : f->len),
+		(const char *)f->payload);
 }
 
 /* It was killed: nobody else has what it had not passed on yet. */
@@ -154,7 +155,8 @@ static int on_link_gone(struct running *run)
 {
 	run->link_gone = true;
 	return ffs_error_set(run->err, ECONNRESET,
-		"the link to the guest's agent has ended before it told the command's end: what it had not passed on is lost, and %s",
+		"the link to the guest's agent has ended before it told the command's end: what it had not "
+		"passed on is lost, and %s",
 		run->main ? "a main command that was started goes on" : "the command is hung up on");
 }
 
@@ -189,7 +191,8 @@ static int on_frame(struct running *run, const struct agent_frame *f)
 			return ffs_error_set(run->err, EPROTO, "the guest's agent told an end that is none");
 		return 0;
 	case AGENT_ERROR:
-		return ffs_error_set(run->err, EIO, "%.*s", (int)(f->len > 400 ? 400 : f->len), (const char *)f->payload);
+		return ffs_error_set(
+			run->err, EIO, "%.*s", (int)(f->len > 400 ? 400 : f->len), (const char *)f->payload);
 	default:
 		return 0;
 	}
@@ -216,7 +219,8 @@ static int run_to_the_end(struct running *run)
 	int got = 0;
 
 	while (run->code < 0 && got >= 0) {
-		struct pollfd p[3] = {{.fd = run->fd, .events = POLLIN}, {.fd = run->signals, .events = POLLIN},
+		struct pollfd p[3] = {{.fd = run->fd, .events = POLLIN},
+			{.fd = run->signals, .events = POLLIN},
 			{.fd = run->input_open && run->credit ? STDIN_FILENO : -1, .events = POLLIN}};
 
 		if (poll(p, 3, -1) < 0)
@@ -242,17 +246,21 @@ static int make_command(const struct exec_args *a, uint8_t *out, size_t *len, st
 
 	if (a->n_words > AGENT_WORDS_MAX || a->env.n + 1 > AGENT_WORDS_MAX)
 		return ffs_error_set(err, E2BIG, "at most %u words and as many variables", AGENT_WORDS_MAX);
-	e.flags = (uint8_t)((a->tty ? AGENT_EXEC_TTY : 0) | (a->input ? AGENT_EXEC_STDIN : 0) | (a->log ? AGENT_EXEC_OUTPUT : 0));
+	e.flags = (uint8_t)((a->tty ? AGENT_EXEC_TTY : 0) | (a->input ? AGENT_EXEC_STDIN : 0) |
+			    (a->log ? AGENT_EXEC_OUTPUT : 0));
 	window_size(&e.rows, &e.cols);
 	e.cwd = a->cwd;
 	for (; e.argc < a->n_words; e.argc++)
 		e.argv[e.argc] = a->command[e.argc];
-	if (a->tty && term && (size_t)snprintf(term_var, sizeof(term_var), "TERM=%s", term) < sizeof(term_var))
+	if (a->tty && term &&
+		(size_t)snprintf(term_var, sizeof(term_var), "TERM=%s", term) < sizeof(term_var))
 		e.env[e.envc++] = term_var;
 	for (unsigned i = 0; i < a->env.n; i++)
 		e.env[e.envc++] = a->env.word[i];
 	*len = agent_exec_make(&e, out, AGENT_PAYLOAD_MAX);
-	return *len ? 0 : ffs_error_set(err, E2BIG, "a command and its variables have at most %u bytes", AGENT_PAYLOAD_MAX);
+	return *len ? 0
+		    : ffs_error_set(err, E2BIG, "a command and its variables have at most %u bytes",
+			      AGENT_PAYLOAD_MAX);
 }
 
 static int signals_of(void)
@@ -288,7 +296,8 @@ static int code_in_file(const char *path, const struct stat *before_it)
 
 	if (!path || stat(path, &st) < 0 || ffs_read_file(path, 64, &text, &len) < 0)
 		return -1;
-	if (st.st_ino == before_it->st_ino && st.st_dev == before_it->st_dev && st.st_mtim.tv_sec == before_it->st_mtim.tv_sec &&
+	if (st.st_ino == before_it->st_ino && st.st_dev == before_it->st_dev &&
+		st.st_mtim.tv_sec == before_it->st_mtim.tv_sec &&
 		st.st_mtim.tv_nsec == before_it->st_mtim.tv_nsec)
 		return -1;
 	code = strtol(text, &end, 10);
@@ -336,7 +345,8 @@ static int run(const char *name, const struct exec_args *a, struct ffs_error *er
 	code = err->code && got >= 0 ? -1 : code_in_file(a->exit_file, &was);
 	if (code >= 0) {
 		if (run.link_gone && a->log)
-			fprintf(stderr, "forkfs exec: the log may not be whole: the link to the guest's agent, which wrote it, has ended\n");
+			fprintf(stderr, "forkfs exec: the log may not be whole: the link to the guest's "
+					"agent, which wrote it, has ended\n");
 		*err = (struct ffs_error){0};
 		return code;
 	}
@@ -352,13 +362,18 @@ static int check(struct exec_args *a, struct ffs_error *err)
 		return -EINVAL;
 	for (unsigned i = 0; i < a->env.n; i++)
 		if (!strchr(a->env.word[i], '=') || a->env.word[i][0] == '=')
-			return ffs_error_set(err, EINVAL, "--env is NAME=VALUE, not '%.100s'", a->env.word[i]);
+			return ffs_error_set(
+				err, EINVAL, "--env is NAME=VALUE, not '%.100s'", a->env.word[i]);
 	if (a->tty && !isatty(STDIN_FILENO))
 		return ffs_error_set(err, ENOTTY, "-t wants a terminal as stdin");
 	if (!a->main && (a->log || a->detach || a->exit_file))
-		return ffs_error_set(err, EINVAL, "%s is of a main command: --main", a->log ? "--log" : a->detach ? "--detach" : "--exit-file");
+		return ffs_error_set(err, EINVAL, "%s is of a main command: --main",
+			a->log      ? "--log"
+			: a->detach ? "--detach"
+				    : "--exit-file");
 	if (a->detach && a->exit_file)
-		return ffs_error_set(err, EINVAL, "--detach and --exit-file exclude each other: who leaves hears of no end");
+		return ffs_error_set(err, EINVAL,
+			"--detach and --exit-file exclude each other: who leaves hears of no end");
 	if (a->main && (a->tty || a->input))
 		return ffs_error_set(err, EINVAL, "--main has the guest's console, and neither -t nor -i");
 	return a->n_words ? 0 : ffs_error_set(err, EINVAL, "what shall be run goes after --");
@@ -406,7 +421,8 @@ int ffs_cmd_exec(const struct ffs_command *self, int argc, char **argv)
 	else if (a.help)
 		code = ffs_usage_help(self);
 	else if (n != (a.socket ? 0 : 1))
-		code = wrong_usage(self, "one SANDBOX or --socket PATH is wanted; what shall be run goes after --");
+		code = wrong_usage(
+			self, "one SANDBOX or --socket PATH is wanted; what shall be run goes after --");
 	else if (check(&a, &err) < 0)
 		code = wrong_usage(self, err.text);
 	else {

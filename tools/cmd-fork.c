@@ -37,9 +37,12 @@ static int read_orders(struct fork_args *a, char **word, int n, struct ffs_error
 	int r;
 
 	if (a->each && (n != 1 || a->boxes.n))
-		return ffs_error_set(err, EINVAL, "--each FILE goes with NAME/BRANCH alone: its lines name the forks and their payloads");
+		return ffs_error_set(err, EINVAL,
+			"--each FILE goes with NAME/BRANCH alone: its lines name the forks and their "
+			"payloads");
 	if (!a->each && n != 2)
-		return ffs_error_set(err, EINVAL, "a branch, NAME/BRANCH, and a name for the FORK are wanted");
+		return ffs_error_set(
+			err, EINVAL, "a branch, NAME/BRANCH, and a name for the FORK are wanted");
 	r = ffs_target_parse(word[0], FFS_TARGET_BRANCH, &a->branch, err);
 	if (!r && a->ack)
 		r = ffs_ack_option(a->ack, &a->ack_ms, err);
@@ -54,12 +57,14 @@ static int read_orders(struct fork_args *a, char **word, int n, struct ffs_error
 	for (unsigned i = 0; !r && i < a->list.n; i++) {
 		struct ffs_fork_order *o = &a->list.fork[i];
 
-		r = ffs_fork_request(&a->branch, o->name, o->box, o->n, a->ack ? &a->ack_ms : NULL, &o->request, err);
+		r = ffs_fork_request(
+			&a->branch, o->name, o->box, o->n, a->ack ? &a->ack_ms : NULL, &o->request, err);
 	}
 	return r;
 }
 
-static int make(const struct ffs_tree *t, const struct fork_args *a, const struct ffs_fork_order *o, struct ffs_error *err)
+static int make(const struct ffs_tree *t, const struct fork_args *a, const struct ffs_fork_order *o,
+	struct ffs_error *err)
 {
 	struct json_object *answer = NULL, *status;
 	char ctl[80];
@@ -75,8 +80,9 @@ static int make(const struct ffs_tree *t, const struct fork_args *a, const struc
 		ffs_print_json(status);
 		return 0;
 	}
-	printf("%s/%s/%s: epoch %s, %zu mailboxes with a payload\n", a->branch.sandbox, a->branch.branch, o->name,
-		ffs_json_string(status, "epoch"), json_object_array_length(ffs_json_get(status, "mailboxes")));
+	printf("%s/%s/%s: epoch %s, %zu mailboxes with a payload\n", a->branch.sandbox, a->branch.branch,
+		o->name, ffs_json_string(status, "epoch"),
+		json_object_array_length(ffs_json_get(status, "mailboxes")));
 	json_object_put(status);
 	return 0;
 }

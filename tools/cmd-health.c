@@ -27,15 +27,18 @@ static int late(struct json_object *said, unsigned seconds, struct ffs_error *er
 	const char *due = ffs_json_string(said, "due");
 
 	if (due[0])
-		return ffs_error_set(err, ETIMEDOUT, "the guest's agent is not ready: after %u s the handshake waits at the edge '%.20s'",
+		return ffs_error_set(err, ETIMEDOUT,
+			"the guest's agent is not ready: after %u s the handshake waits at the edge '%.20s'",
 			seconds, due);
 	return ffs_error_set(err, ETIMEDOUT, "the guest's agent has not answered within %u s", seconds);
 }
 
 /* 1: it is; 0: it is not, *err says why; -errno. *said: what is known, NULL: nothing. */
-static int ask(const char *name, const struct health_args *a, struct json_object **said, struct ffs_error *err)
+static int ask(
+	const char *name, const struct health_args *a, struct json_object **said, struct ffs_error *err)
 {
-	struct ffs_agent_link l = {.socket = a->socket, .ready_s = a->wait_s > FFS_AGENT_READY_S ? a->wait_s : FFS_AGENT_READY_S};
+	struct ffs_agent_link l = {.socket = a->socket,
+		.ready_s = a->wait_s > FFS_AGENT_READY_S ? a->wait_s : FFS_AGENT_READY_S};
 	_cleanup_free_ char *path = NULL, *json = NULL;
 	_cleanup_close_ int fd = -1;
 	int got = name ? ffs_agent_of(name, a->mount, &l.pid, &path, err) : 0;
@@ -49,7 +52,8 @@ static int ask(const char *name, const struct health_args *a, struct json_object
 		return got;
 	*said = json_tokener_parse(json);
 	if (!json_object_is_type(*said, json_type_object))
-		return ffs_error_set(err, EPROTO, "the link to the guest's agent says nothing that can be understood");
+		return ffs_error_set(
+			err, EPROTO, "the link to the guest's agent says nothing that can be understood");
 	/* its monitor may not have noticed yet */
 	json_object_object_add(*said, "healthy", json_object_new_boolean(got));
 	if (!got)

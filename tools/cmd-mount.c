@@ -115,7 +115,8 @@ static void detach_all(const char *dir)
 }
 
 /* While nobody can be named who uses it: a process that ends, and who looks at others, holds it for a moment longer. */
-static int unmount_unless_used(const char *dir, int daemon, char *users, size_t size, bool *by_daemon, struct ffs_error *err)
+static int unmount_unless_used(
+	const char *dir, int daemon, char *users, size_t size, bool *by_daemon, struct ffs_error *err)
 {
 	uint64_t deadline = ffs_now_ns() + FFS_HELD_NS;
 	int r;

@@ -23,7 +23,8 @@ struct serve_args {
 	unsigned n_min, n_max, ttl_s;
 };
 
-static int parse_number(const char *name, const char *text, unsigned least, unsigned most, unsigned *out, struct ffs_error *err)
+static int parse_number(const char *name, const char *text, unsigned least, unsigned most, unsigned *out,
+	struct ffs_error *err)
 {
 	char *end;
 	unsigned long n;
@@ -31,15 +32,16 @@ static int parse_number(const char *name, const char *text, unsigned least, unsi
 	errno = 0;
 	n = strtoul(text ? text : "", &end, 10);
 	if (!text || errno || *end || end == text || *text == '-' || n < least || n > most)
-		return ffs_error_set(err, EINVAL, "%s is a number from %u to %u%s%.40s%s", name, least, most, text ? ", not '" : "",
-			text ? text : "", text ? "'" : "");
+		return ffs_error_set(err, EINVAL, "%s is a number from %u to %u%s%.40s%s", name, least, most,
+			text ? ", not '" : "", text ? text : "", text ? "'" : "");
 	*out = (unsigned)n;
 	return 0;
 }
 
 static int check(struct serve_args *a, struct ffs_restore_args *how, struct ffs_error *err)
 {
-	int got = a->socket ? 0 : ffs_error_set(err, EINVAL, "--socket PATH is wanted: where the pool serves");
+	int got =
+		a->socket ? 0 : ffs_error_set(err, EINVAL, "--socket PATH is wanted: where the pool serves");
 
 	if (!got)
 		got = parse_number("--max", a->max, 1, FFS_POOL_MAX, &a->n_max, err);
@@ -51,7 +53,8 @@ static int check(struct serve_args *a, struct ffs_restore_args *how, struct ffs_
 		got = ffs_restore_check_args(how, err);
 	if (!got && ffs_restore_is_uffd(how))
 		got = ffs_error_set(err, ENOTSUP,
-			"--backend uffd is not for a pool, whose children share the branch's image and get pages of their own");
+			"--backend uffd is not for a pool, whose children share the branch's image and get "
+			"pages of their own");
 	return got;
 }
 
@@ -89,8 +92,8 @@ static void say_ready(const struct pool *p)
 	struct json_object *o = json_object_new_object();
 	char name[200];
 
-	snprintf(name, sizeof(name), "%s/%s%s%s", p->target->sandbox, p->target->branch, p->target->fork[0] ? "/" : "",
-		p->target->fork);
+	snprintf(name, sizeof(name), "%s/%s%s%s", p->target->sandbox, p->target->branch,
+		p->target->fork[0] ? "/" : "", p->target->fork);
 	json_object_object_add(o, "pool", json_object_new_string(name));
 	json_object_object_add(o, "pid", json_object_new_int(getpid()));
 	json_object_object_add(o, "socket", json_object_new_string(p->name.path));
@@ -111,7 +114,8 @@ static int begin(struct pool *p, const struct serve_args *a, struct ffs_error *e
 	p->child = calloc(a->n_max, sizeof(*p->child));
 	p->ended = calloc(a->n_max, sizeof(*p->ended));
 	if (!p->child || !p->ended ||
-		ffs_pool_book_init(&p->book, a->n_min, a->n_max, starts_at_once(a->n_max), a->ttl_s * FFS_NS_PER_S) < 0)
+		ffs_pool_book_init(
+			&p->book, a->n_min, a->n_max, starts_at_once(a->n_max), a->ttl_s * FFS_NS_PER_S) < 0)
 		return ffs_error_set(err, ENOMEM, "no memory for %u children", a->n_max);
 	if (ffs_interrupted())
 		return ffs_error_set(err, EINTR, "interrupted");
@@ -171,16 +175,26 @@ static int serve(const struct ffs_command *self, int argc, char **argv)
 	if (a.help)
 		return ffs_usage_help(self);
 	if (n != 1)
-		return ffs_usage_error(self, "one NAME/BRANCH[/FORK] is wanted; the VMM's own options go after --");
-	if (ffs_target_parse(argv[0], FFS_TARGET_BRANCH | FFS_TARGET_FORK, &target, &err) < 0 || check(&a, &how, &err) < 0)
+		return ffs_usage_error(
+			self, "one NAME/BRANCH[/FORK] is wanted; the VMM's own options go after --");
+	if (ffs_target_parse(argv[0], FFS_TARGET_BRANCH | FFS_TARGET_FORK, &target, &err) < 0 ||
+		check(&a, &how, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
 	if (own < argc) {
 		how.user_arg = (const char *const *)argv + own + 1;
 		how.n_user_args = (unsigned)(argc - own - 1);
 	}
-	p = (struct pool){.self = self, .target = &target, .how = &how, .end_all = a.end_all,
-		.name = {.listener = -1}, .signals = -1, .wake = -1, .guard = {.fd = -1, .pidfd = -1},
-		.lock = PTHREAD_MUTEX_INITIALIZER, .template_lock = PTHREAD_MUTEX_INITIALIZER, .began_ns = ffs_now_ns()};
+	p = (struct pool){.self = self,
+		.target = &target,
+		.how = &how,
+		.end_all = a.end_all,
+		.name = {.listener = -1},
+		.signals = -1,
+		.wake = -1,
+		.guard = {.fd = -1, .pidfd = -1},
+		.lock = PTHREAD_MUTEX_INITIALIZER,
+		.template_lock = PTHREAD_MUTEX_INITIALIZER,
+		.began_ns = ffs_now_ns()};
 	for (unsigned i = 0; i < POOL_STARTS; i++)
 		p.watch[i] = -1;
 	raise_limit();
@@ -193,8 +207,8 @@ int ffs_cmd_pool(const struct ffs_command *self, int argc, char **argv)
 	static const struct {
 		const char *name;
 		int (*run)(const struct ffs_command *self, int argc, char **argv);
-	} verbs[] = {{"serve", serve}, {"acquire", pool_acquire}, {"release", pool_release_some}, {"status", pool_ask_status},
-		{"drain", pool_ask_drain}};
+	} verbs[] = {{"serve", serve}, {"acquire", pool_acquire}, {"release", pool_release_some},
+		{"status", pool_ask_status}, {"drain", pool_ask_drain}};
 
 	for (unsigned i = 0; argc > 1 && i < FFS_ARRAY_LEN(verbs); i++)
 		if (!strcmp(argv[1], verbs[i].name))

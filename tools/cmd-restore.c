@@ -43,8 +43,8 @@ struct herd {
 	bool stopping; /* a signal came: nothing new is started */
 	unsigned failed;
 	struct ffs_child *child; /* a->all of them */
-	int done;                /* eventfd-like: the writing end of a pipe, a byte for each worker that is through */
-	sem_t starts;            /* so many may be starting; who waits for a guest of its own keeps nobody else from it */
+	int done;     /* eventfd-like: the writing end of a pipe, a byte for each worker that is through */
+	sem_t starts; /* so many may be starting; who waits for a guest of its own keeps nobody else from it */
 };
 
 /* ---- one child ---- */
@@ -214,7 +214,8 @@ static int start_all(struct herd *h, struct ffs_error *err)
 	for (unsigned i = 0; i < all; i++) {
 		ffs_child_init(&h->child[i], i + 1);
 		if (h->a->attach)
-			snprintf(h->child[i].name, sizeof(h->child[i].name), all > 1 ? "%.50s-%u" : "%.64s", h->a->attach, i + 1);
+			snprintf(h->child[i].name, sizeof(h->child[i].name), all > 1 ? "%.50s-%u" : "%.64s",
+				h->a->attach, i + 1);
 	}
 	workers = start_workers(h, thread, n);
 	ffs_restore_set_prefetch(h->r, p[0]);
@@ -341,7 +342,8 @@ static int parse_count(const char *text, unsigned *out, struct ffs_error *err)
 	errno = 0;
 	n = strtoul(text, &end, 10);
 	if (errno || *end || end == text || *text == '-' || !n || n > FFS_CHILDREN_MAX)
-		return ffs_error_set(err, EINVAL, "-n is a number from 1 to %d, not '%.40s'", FFS_CHILDREN_MAX, text);
+		return ffs_error_set(
+			err, EINVAL, "-n is a number from 1 to %d, not '%.40s'", FFS_CHILDREN_MAX, text);
 	*out = (unsigned)n;
 	return 0;
 }
@@ -353,7 +355,8 @@ static int check_args(struct restore_args *a, struct ffs_error *err)
 
 	a->all = a->n * a->targets.n;
 	if (!got && a->all > FFS_CHILDREN_MAX)
-		got = ffs_error_set(err, EINVAL, "%u children of each of %u forks are too many: %d are the most of one command", a->n,
+		got = ffs_error_set(err, EINVAL,
+			"%u children of each of %u forks are too many: %d are the most of one command", a->n,
 			a->targets.n, FFS_CHILDREN_MAX);
 	if (!got && a->ack && !a->targets.target->fork[0])
 		got = ffs_error_set(err, EINVAL, "--ack is for the mailboxes of a fork: NAME/BRANCH/FORK");
@@ -375,7 +378,8 @@ static int check_args(struct restore_args *a, struct ffs_error *err)
 		got = ffs_error_set(err, EINVAL, "--track goes with --attach");
 	if (!got && a->attach && ffs_restore_is_uffd(a->how))
 		got = ffs_error_set(err, EINVAL,
-			"--attach and --backend uffd exclude each other: memory that a pager serves cannot be branched");
+			"--attach and --backend uffd exclude each other: memory that a pager serves cannot "
+			"be branched");
 	return got ? got : ffs_restore_check_args(a->how, err);
 }
 

@@ -46,7 +46,8 @@ static int find_branch(const char *word, const char *mount, char **out, struct f
 		return *out ? 0 : ffs_error_set(err, ENOMEM, "no memory");
 	}
 	if (ffs_target_parse(word, FFS_TARGET_BRANCH, &target, NULL) < 0)
-		return ffs_error_set(err, ENOENT, "there is no directory '%.200s', nor is that a NAME/BRANCH", word);
+		return ffs_error_set(
+			err, ENOENT, "there is no directory '%.200s', nor is that a NAME/BRANCH", word);
 	r = ffs_tree_open(&t, mount, err);
 	if (!r)
 		r = ffs_tree_check_target(&t, &target, err);
@@ -57,8 +58,8 @@ static int find_branch(const char *word, const char *mount, char **out, struct f
 
 /* The options and words of a command: true when there are `want` words (0: any, but one at least); else it ends with
  * *code. `what`: the sentence that says which words. */
-static bool take_words(const struct ffs_command *self, const struct ffs_opt *opts, const bool *help, int argc, char **argv,
-	int want, const char *what, int *n, int *code)
+static bool take_words(const struct ffs_command *self, const struct ffs_opt *opts, const bool *help, int argc,
+	char **argv, int want, const char *what, int *n, int *code)
 {
 	struct ffs_error err = {0};
 
@@ -148,8 +149,8 @@ int ffs_cmd_verify(const struct ffs_command *self, int argc, char **argv)
 	struct ffs_error err = {0};
 	int n = 0, code;
 
-	if (!take_words(self, opts, &help, argc, argv, 0, "name a branch, NAME/BRANCH or its directory, or a store",
-		    &n, &code))
+	if (!take_words(self, opts, &help, argc, argv, 0,
+		    "name a branch, NAME/BRANCH or its directory, or a store", &n, &code))
 		return code;
 	for (int i = 0; i < n; i++) {
 		_cleanup_free_ char *path = NULL;
@@ -175,7 +176,8 @@ int ffs_cmd_verify(const struct ffs_command *self, int argc, char **argv)
  * ------------------------------------------------------------------------------------------------------------ */
 
 /* To a file that has its name when it is whole. */
-static int export_to(struct ffs_stored *s, const char *file, struct ffs_store_progress *p, struct ffs_error *err)
+static int export_to(
+	struct ffs_stored *s, const char *file, struct ffs_store_progress *p, struct ffs_error *err)
 {
 	_cleanup_free_ char *partial = NULL;
 	_cleanup_close_ int fd = -1;
@@ -208,8 +210,8 @@ int ffs_cmd_export(const struct ffs_command *self, int argc, char **argv)
 	struct ffs_long_action a;
 	int n = 0, r, code;
 
-	if (!take_words(self, opts, &help, argc, argv, 2, "takes a branch, NAME/BRANCH or its directory, and a FILE or -",
-		    &n, &code))
+	if (!take_words(self, opts, &help, argc, argv, 2,
+		    "takes a branch, NAME/BRANCH or its directory, and a FILE or -", &n, &code))
 		return code;
 	bool to_stdout = strcmp(argv[1], "-") == 0;
 
@@ -244,7 +246,8 @@ static int store_of(struct ffs_tree *t, char **out, struct ffs_error *err)
 		*out = strdup(path);
 	else
 		r = ffs_error_set(err, EOPNOTSUPP,
-			"the mount %s has no store to import into: mount it with -o store=DIR, or name one by "
+			"the mount %s has no store to import into: mount it with -o store=DIR, or name one "
+			"by "
 			"--store-dir",
 			t->mount);
 	json_object_put(caps);
@@ -293,8 +296,7 @@ int ffs_cmd_import(const struct ffs_command *self, int argc, char **argv)
 	struct ffs_long_action a;
 	int n = 0, r, code;
 
-	if (!take_words(self, opts, &help, argc, argv, 2, "takes a FILE or -, and NAME/BRANCH",
-		    &n, &code))
+	if (!take_words(self, opts, &help, argc, argv, 2, "takes a FILE or -, and NAME/BRANCH", &n, &code))
 		return code;
 	if (ffs_target_parse(argv[1], FFS_TARGET_BRANCH, &target, &err) < 0)
 		return ffs_usage_error(self, "%s", err.text);
@@ -307,15 +309,16 @@ int ffs_cmd_import(const struct ffs_command *self, int argc, char **argv)
 			return ffs_failure(self, &err);
 		}
 	} else if (isatty(STDIN_FILENO)) {
-		return ffs_usage_error(self, "the stream does not come from a terminal: name a FILE, or pipe it");
+		return ffs_usage_error(
+			self, "the stream does not come from a terminal: name a FILE, or pipe it");
 	}
 	r = store_dir ? 0 : ffs_tree_open(&t, mount, &err);
 	if (!r && !store_dir)
 		r = store_of(&t, &dir, &err);
 	if (!r) {
 		ffs_long_action_begin(&a, argv[1], NULL, NULL);
-		r = import(file < 0 ? STDIN_FILENO : file, store_dir ? store_dir : dir, &target, kind, &a.progress,
-			&err);
+		r = import(file < 0 ? STDIN_FILENO : file, store_dir ? store_dir : dir, &target, kind,
+			&a.progress, &err);
 		ffs_long_action_end(&a);
 	}
 	if (!r && !store_dir)
@@ -327,8 +330,8 @@ int ffs_cmd_import(const struct ffs_command *self, int argc, char **argv)
  * ----------------------------------------------------------------------------------------------------------- */
 
 /* STORE/SANDBOX/BRANCH of a store that no daemon serves. */
-static int convert_directory(const char *path, enum ffs_store_kind kind, struct ffs_store_progress *p,
-	struct ffs_error *err)
+static int convert_directory(
+	const char *path, enum ffs_store_kind kind, struct ffs_store_progress *p, struct ffs_error *err)
 {
 	_cleanup_free_ char *real = realpath(path, NULL), *status = NULL;
 	char *branch = real ? strrchr(real, '/') : NULL, *sandbox;
@@ -345,7 +348,8 @@ static int convert_directory(const char *path, enum ffs_store_kind kind, struct 
 	sandbox = strrchr(real, '/');
 	if (!sandbox || sandbox == real || faccessat(AT_FDCWD, status, F_OK, 0) == 0)
 		return ffs_error_set(err, EINVAL,
-			"%s is no branch's directory in a store: a branch of a mount is named NAME/BRANCH", path);
+			"%s is no branch's directory in a store: a branch of a mount is named NAME/BRANCH",
+			path);
 	*sandbox++ = '\0';
 	r = ffs_store_open(real, &st, err);
 	/* what an earlier one left that was killed would stand in the way */
@@ -353,8 +357,9 @@ static int convert_directory(const char *path, enum ffs_store_kind kind, struct 
 		r = ffs_store_recover(st, err);
 	if (r == -EBUSY)
 		ffs_error_set(err, EBUSY,
-			"the store %s is served by a forkfs daemon: name the branch %s/%s, so that the daemon converts it", real,
-			sandbox, branch);
+			"the store %s is served by a forkfs daemon: name the branch %s/%s, so that the "
+			"daemon converts it",
+			real, sandbox, branch);
 	if (!r)
 		r = ffs_store_convert(st, sandbox, branch, kind, NULL, p, err);
 	ffs_store_close(st);
@@ -411,8 +416,8 @@ int ffs_cmd_convert(const struct ffs_command *self, int argc, char **argv)
 	struct stat st;
 	int n = 0, r, code;
 
-	if (!take_words(self, opts, &help, argc, argv, 1, "takes one branch: NAME/BRANCH, or its directory in a store", &n,
-		    &code))
+	if (!take_words(self, opts, &help, argc, argv, 1,
+		    "takes one branch: NAME/BRANCH, or its directory in a store", &n, &code))
 		return code;
 	if (!to || !ffs_store_kind_parse(to, &kind) || kind == FFS_STORE_MEMORY)
 		return ffs_usage_error(self, "--to is dense or packed%s%s", to ? ", not " : "", to ? to : "");
@@ -443,15 +448,15 @@ int ffs_cmd_inspect(const struct ffs_command *self, int argc, char **argv)
 {
 	const char *mount = ffs_global_mount;
 	bool help = false, chunks = false;
-	const struct ffs_opt opts[] = {{"chunks", 0, FFS_OPT_FLAG, &chunks}, {"mount", 0, FFS_OPT_VALUE, &mount},
-		{"help", 'h', FFS_OPT_FLAG, &help}, {0}};
+	const struct ffs_opt opts[] = {{"chunks", 0, FFS_OPT_FLAG, &chunks},
+		{"mount", 0, FFS_OPT_VALUE, &mount}, {"help", 'h', FFS_OPT_FLAG, &help}, {0}};
 	_cleanup_free_ char *path = NULL;
 	struct json_object *o = NULL;
 	struct ffs_error err = {0};
 	int n = 0, code;
 
-	if (!take_words(self, opts, &help, argc, argv, 1, "takes one branch: its directory in a store, or NAME/BRANCH",
-		    &n, &code))
+	if (!take_words(self, opts, &help, argc, argv, 1,
+		    "takes one branch: its directory in a store, or NAME/BRANCH", &n, &code))
 		return code;
 	if (find_branch(argv[0], mount, &path, &err) < 0 || ffs_store_inspect(path, chunks, &o, &err) < 0)
 		return ffs_failure(self, &err);

@@ -22,7 +22,9 @@ struct ffs_fork_order *ffs_fork_list_add(struct ffs_fork_list *l, const char *na
 		return NULL;
 	for (unsigned i = 0; i < l->n; i++)
 		if (!strcmp(l->fork[i].name, name)) {
-			ffs_error_set(err, EINVAL, "fork %s was named further above: the lines of a fork follow each other", name);
+			ffs_error_set(err, EINVAL,
+				"fork %s was named further above: the lines of a fork follow each other",
+				name);
 			return NULL;
 		}
 	if (l->n == FORKS_MAX) {
@@ -81,7 +83,8 @@ int ffs_fork_list_read(struct ffs_fork_list *l, const char *file, struct ffs_err
 			ffs_lines_blame(&list, err);
 	}
 	if (!r && !l->n)
-		r = ffs_error_set(err, EINVAL, "%.200s names no fork: a line each is wanted, FORK MAILBOX=JSON", list.shown);
+		r = ffs_error_set(err, EINVAL,
+			"%.200s names no fork: a line each is wanted, FORK MAILBOX=JSON", list.shown);
 	return r;
 }
 

@@ -33,7 +33,8 @@ int ffs_fork_box(const char *arg, char **out, struct ffs_error *err)
 	struct ffs_span object;
 
 	if (!equals || equals == arg)
-		return ffs_error_set(err, EINVAL, "--mailbox is NAME=JSON, NAME:TOKEN=JSON or NAME=@FILE, not '%.200s'", arg);
+		return ffs_error_set(err, EINVAL,
+			"--mailbox is NAME=JSON, NAME:TOKEN=JSON or NAME=@FILE, not '%.200s'", arg);
 	const char *text = equals + 1;
 	size_t len = strlen(text);
 
@@ -65,8 +66,8 @@ static int add_box(FILE *out, const char *box, const unsigned *ack_ms, struct ff
 	if (!equals || ffs_json_object(equals + 1, strlen(equals + 1), &object, err) < 0)
 		return ffs_error_set(err, EINVAL, "'%.60s' is no mailbox with a payload", box);
 	name = json_object_new_string_len(box, (int)(equals - box));
-	fprintf(out, "{\"name\":%s,\"payload\":%.*s", json_object_to_json_string_ext(name, JSON_C_TO_STRING_PLAIN),
-		(int)object.len, object.at);
+	fprintf(out, "{\"name\":%s,\"payload\":%.*s",
+		json_object_to_json_string_ext(name, JSON_C_TO_STRING_PLAIN), (int)object.len, object.at);
 	if (ack_ms)
 		fprintf(out, ",\"wait_for_ack\":true,\"ack_timeout_ms\":%u", *ack_ms);
 	fprintf(out, "}");
@@ -74,8 +75,8 @@ static int add_box(FILE *out, const char *box, const unsigned *ack_ms, struct ff
 	return 0;
 }
 
-int ffs_fork_request(const struct ffs_target *target, const char *fork, char *const *box, unsigned n, const unsigned *ack_ms,
-	char **out, struct ffs_error *err)
+int ffs_fork_request(const struct ffs_target *target, const char *fork, char *const *box, unsigned n,
+	const unsigned *ack_ms, char **out, struct ffs_error *err)
 {
 	_cleanup_free_ char *text = NULL;
 	size_t len = 0;

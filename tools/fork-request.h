@@ -9,8 +9,8 @@
 int ffs_fork_box(const char *arg, char **out, struct ffs_error *err);
 /* The request to the ctl of target->sandbox for the fork `fork` of target->branch; box: words of ffs_fork_box(), n of them.
  * ack_ms: all are to be acknowledged, NULL: as none says. *out is the caller's. */
-int ffs_fork_request(const struct ffs_target *target, const char *fork, char *const *box, unsigned n, const unsigned *ack_ms,
-	char **out, struct ffs_error *err);
+int ffs_fork_request(const struct ffs_target *target, const char *fork, char *const *box, unsigned n,
+	const unsigned *ack_ms, char **out, struct ffs_error *err);
 
 /* ---- fork-list.c: forks that are to be made ---- */
 

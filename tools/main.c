@@ -41,24 +41,34 @@ const struct ffs_command ffs_commands[] = {
 		"[--force] [--store "
 		"memory|dense|packed] [--json]",
 		"take a branch: memory and device state of one instant", ffs_cmd_branch},
-	{"fork", "NAME/BRANCH (FORK [--mailbox NAME[:TOKEN]=JSON|@FILE]… | --each FILE|-) [--ack MS] [--json]",
+	{"fork",
+		"NAME/BRANCH (FORK [--mailbox NAME[:TOKEN]=JSON|@FILE]… | --each FILE|-) [--ack MS] [--json]",
 		"make a fork: the branch, with payloads in the mailboxes of its guest", ffs_cmd_fork},
 	{"wait", "NAME/BRANCH…", "wait until branches are complete", ffs_cmd_wait},
-	{"rm", "NAME/BRANCH[/FORK]…", "remove branches or forks; who has one open goes on reading it", ffs_cmd_rm},
+	{"rm", "NAME/BRANCH[/FORK]…", "remove branches or forks; who has one open goes on reading it",
+		ffs_cmd_rm},
 	{"restore",
-		"(NAME/BRANCH[/FORK] | NAME/BRANCH/FORK… | NAME/BRANCH --forks FILE|-) [-n COUNT] [--attach NAME [--track]] [--paused | --healthy [--ready-timeout SECONDS]] "
+		"(NAME/BRANCH[/FORK] | NAME/BRANCH/FORK… | NAME/BRANCH --forks FILE|-) [-n COUNT] [--attach "
+		"NAME [--track]] [--paused | --healthy [--ready-timeout SECONDS]] "
 		"[--accept-torn] [--trust] [--as-served] [--show] "
-		"[--vmm BINARY] [--jailer PATH] [--conf FILE] [--dir DIR] [--backend file|uffd] [--no-prefetch] [--drive ID=PATH]… "
-		"[--net IFACE=TAP]… [--ack MS | --no-ack] [--ack-address IP] [-- [JAILER ARGS… --] VMM ARGS…]",
+		"[--vmm BINARY] [--jailer PATH] [--conf FILE] [--dir DIR] [--backend file|uffd] "
+		"[--no-prefetch] [--drive ID=PATH]… "
+		"[--net IFACE=TAP]… [--ack MS | --no-ack] [--ack-address IP] [-- [JAILER ARGS… --] VMM "
+		"ARGS…]",
 		"start VMs that go on where the branch was taken; a line of JSON for each", ffs_cmd_restore},
 	{"exec",
-		"(SANDBOX | --socket PATH) [-i] [-t] [--env NAME=VALUE]… [--cwd DIR] [--main [--log FILE] [--detach | --exit-file FILE]] [--ready-timeout SECONDS] -- COMMAND ARGS…",
+		"(SANDBOX | --socket PATH) [-i] [-t] [--env NAME=VALUE]… [--cwd DIR] [--main [--log FILE] "
+		"[--detach | --exit-file FILE]] [--ready-timeout SECONDS] -- COMMAND ARGS…",
 		"run a command in a guest that has the agent; its exit code is ours", ffs_cmd_exec},
-	{"health", "(SANDBOX | --socket PATH) [--wait SECONDS] [--json]", "ask whether the agent in a guest answers", ffs_cmd_health},
+	{"health", "(SANDBOX | --socket PATH) [--wait SECONDS] [--json]",
+		"ask whether the agent in a guest answers", ffs_cmd_health},
 	{"pool",
-		"serve NAME/BRANCH[/FORK] --socket PATH --min N --max N [--ttl SECONDS] [--end-all] [options of restore] [-- VMM ARGS…] | "
-		"acquire --socket PATH [--mailbox NAME[:TOKEN]=JSON|@FILE]… [--ack MS | --no-ack] [--timeout SECONDS] "
-		"[--main [--env NAME=VALUE]… [--log FILE] -- COMMAND ARGS…] | release --socket PATH ID… | status --socket PATH | "
+		"serve NAME/BRANCH[/FORK] --socket PATH --min N --max N [--ttl SECONDS] [--end-all] [options "
+		"of restore] [-- VMM ARGS…] | "
+		"acquire --socket PATH [--mailbox NAME[:TOKEN]=JSON|@FILE]… [--ack MS | --no-ack] [--timeout "
+		"SECONDS] "
+		"[--main [--env NAME=VALUE]… [--log FILE] -- COMMAND ARGS…] | release --socket PATH ID… | "
+		"status --socket PATH | "
 		"drain --socket PATH [--end-all]",
 		"keep children of a branch ready, and hand them out", ffs_cmd_pool},
 	{"verify", "PATH…",
@@ -71,7 +81,8 @@ const struct ffs_command ffs_commands[] = {
 		ffs_cmd_convert},
 	{"inspect", "PATH [--chunks]", "decode the files of a branch in a store", ffs_cmd_inspect},
 	{"pager",
-		"(NAME/BRANCH | FILE) SOCKET [-n COUNT] [--owner UID:GID] [--all] [--no-prefetch] [--limit SIZE] "
+		"(NAME/BRANCH | FILE) SOCKET [-n COUNT] [--owner UID:GID] [--all] [--no-prefetch] [--limit "
+		"SIZE] "
 		"[--working-set FILE] [--with-parent]",
 		"serve a branch's memory to VMMs that are restored with the Uffd backend", ffs_cmd_pager},
 	{"doctor", "[--json]", "test what this machine can do, line by line, with the remedy",

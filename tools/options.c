@@ -311,7 +311,8 @@ int ffs_seconds_option(const char *name, const char *text, unsigned *seconds, st
 	unsigned long v;
 
 	if (!parse_number(text, SECONDS_MAX + 1, &v) || !v)
-		return ffs_error_set(err, EINVAL, "%s is a number of seconds from 1 to %u, not '%.40s'", name, SECONDS_MAX, text);
+		return ffs_error_set(err, EINVAL, "%s is a number of seconds from 1 to %u, not '%.40s'", name,
+			SECONDS_MAX, text);
 	*seconds = (unsigned)v;
 	return 0;
 }
@@ -324,7 +325,8 @@ int ffs_ack_option(const char *text, unsigned *ms, struct ffs_error *err)
 	errno = 0;
 	n = strtoll(text, &end, 10);
 	if (errno || *end || end == text || !strchr("-0123456789", *text))
-		return ffs_error_set(err, EINVAL, "--ack is a number of milliseconds from 0 (the default, %u) to %u, not '%.40s'",
+		return ffs_error_set(err, EINVAL,
+			"--ack is a number of milliseconds from 0 (the default, %u) to %u, not '%.40s'",
 			FFS_ACK_DEFAULT_MS, FFS_ACK_MAX_MS, text);
 	return ffs_ack_timeout(n, "--ack", ms, err);
 }

@@ -24,7 +24,8 @@
 static int say(int fd, struct json_object *o, struct ffs_error *err)
 {
 	_cleanup_free_ char *text = NULL;
-	int n = asprintf(&text, "%s\n", json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE));
+	int n = asprintf(&text, "%s\n",
+		json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE));
 	size_t len = n < 0 ? 0 : (size_t)n, at = 0;
 
 	json_object_put(o);
@@ -67,7 +68,8 @@ static int hear(FILE *in, struct json_object **out, struct ffs_error *err)
 	if (ffs_json_get(*out, "error")) {
 		int code = (int)ffs_json_u64(*out, "errno");
 
-		ffs_error_set(err, code > 0 && code < 4096 ? code : EIO, "%s", ffs_json_string(*out, "error"));
+		ffs_error_set(
+			err, code > 0 && code < 4096 ? code : EIO, "%s", ffs_json_string(*out, "error"));
 		json_object_put(*out);
 		return -err->code;
 	}
@@ -75,8 +77,8 @@ static int hear(FILE *in, struct json_object **out, struct ffs_error *err)
 }
 
 /* A request {what: body}, which is released, and its answer; the connection stays open in *in. */
-static int ask(const char *path, const char *what, struct json_object *body, FILE **in, struct json_object **out,
-	struct ffs_error *err)
+static int ask(const char *path, const char *what, struct json_object *body, FILE **in,
+	struct json_object **out, struct ffs_error *err)
 {
 	_cleanup_close_ int fd = pool_dial(path, err);
 	struct json_object *request = json_object_new_object();
@@ -114,7 +116,8 @@ static void free_args(struct ask_args *a)
 }
 
 /* The words of a verb before --; those behind it into a->command. 0, or FFS_EXIT_USAGE + 1 for help, or an exit code. */
-static int parse(const struct ffs_command *self, int argc, char **argv, const struct ffs_opt *opts, struct ask_args *a, int *n)
+static int parse(const struct ffs_command *self, int argc, char **argv, const struct ffs_opt *opts,
+	struct ask_args *a, int *n)
 {
 	struct ffs_error err = {0};
 	int own = argc;
@@ -191,7 +194,8 @@ static int add_main(const struct ask_args *a, struct json_object *order, struct 
 	if (!a->n_words)
 		return 0;
 	json_object_object_add(order, "main", pool_order_words(a->command, a->n_words));
-	json_object_object_add(order, "env", pool_order_words((char *const *)(uintptr_t)a->env.word, a->env.n));
+	json_object_object_add(
+		order, "env", pool_order_words((char *const *)(uintptr_t)a->env.word, a->env.n));
 	if (!a->log)
 		return 0;
 	cwd = getcwd(NULL, 0);
@@ -203,7 +207,8 @@ static int add_main(const struct ask_args *a, struct json_object *order, struct 
 	return 0;
 }
 
-static int order_child(const struct ask_args *a, unsigned timeout_ms, FILE **in, struct json_object **child, struct ffs_error *err)
+static int order_child(const struct ask_args *a, unsigned timeout_ms, FILE **in, struct json_object **child,
+	struct ffs_error *err)
 {
 	char **box = calloc(a->boxes.n + 1, sizeof(*box));
 	int got = box ? 0 : ffs_error_set(err, ENOMEM, "no memory for payloads");
@@ -261,7 +266,8 @@ int pool_acquire(const struct ffs_command *self, int argc, char **argv)
 
 /* ---- the others ---- */
 
-static int print_answer(const struct ffs_command *self, const char *path, const char *what, struct json_object *body)
+static int print_answer(
+	const struct ffs_command *self, const char *path, const char *what, struct json_object *body)
 {
 	_cleanup_fclose_ FILE *in = NULL;
 	struct json_object *answer = NULL;
@@ -317,8 +323,8 @@ int pool_ask_status(const struct ffs_command *self, int argc, char **argv)
 int pool_ask_drain(const struct ffs_command *self, int argc, char **argv)
 {
 	struct ask_args a = {0};
-	const struct ffs_opt opts[] = {{"socket", 0, FFS_OPT_VALUE, &a.socket}, {"end-all", 0, FFS_OPT_FLAG, &a.end_all},
-		{"help", 'h', FFS_OPT_FLAG, &a.help}, {0}};
+	const struct ffs_opt opts[] = {{"socket", 0, FFS_OPT_VALUE, &a.socket},
+		{"end-all", 0, FFS_OPT_FLAG, &a.end_all}, {"help", 'h', FFS_OPT_FLAG, &a.help}, {0}};
 	int n, code = parse(self, argc, argv, opts, &a, &n);
 	struct json_object *body;
 

@@ -86,7 +86,8 @@ static int oldest_idle(const struct ffs_pool_book *b, int only, uint64_t now_ns)
 	for (unsigned i = 0; i < b->max && b->count[FFS_POOL_IDLE]; i++) {
 		const struct ffs_pool_place *p = &b->place[i];
 
-		if (p->state != FFS_POOL_IDLE || p->stale != (only == 1) || (only == 2 && !is_old(b, p, now_ns)))
+		if (p->state != FFS_POOL_IDLE || p->stale != (only == 1) ||
+			(only == 2 && !is_old(b, p, now_ns)))
 			continue;
 		if (found < 0 || p->since_ns < b->place[found].since_ns)
 			found = (int)i;
@@ -100,7 +101,8 @@ static unsigned fresh(const struct ffs_pool_book *b, uint64_t now_ns)
 	unsigned n = 0;
 
 	for (unsigned i = 0; i < b->max; i++)
-		n += b->place[i].state == FFS_POOL_IDLE && !b->place[i].stale && !is_old(b, &b->place[i], now_ns);
+		n += b->place[i].state == FFS_POOL_IDLE && !b->place[i].stale &&
+		     !is_old(b, &b->place[i], now_ns);
 	return n;
 }
 
@@ -114,7 +116,8 @@ static bool may_start(const struct ffs_pool_book *b, uint64_t now_ns)
 	/* while it fails, one at a time finds out whether it still does */
 	unsigned most = b->in_a_row >= FFS_POOL_FAILURES ? 1 : b->at_once;
 
-	return !b->draining && b->count[FFS_POOL_FREE] && b->count[FFS_POOL_STARTING] < most && !ffs_pool_backs_off(b, now_ns);
+	return !b->draining && b->count[FFS_POOL_FREE] && b->count[FFS_POOL_STARTING] < most &&
+	       !ffs_pool_backs_off(b, now_ns);
 }
 
 static struct ffs_pool_waiter *too_late(const struct ffs_pool_book *b, uint64_t now_ns)
@@ -159,7 +162,8 @@ static struct ffs_pool_action start(struct ffs_pool_book *b, uint64_t now_ns)
 static int to_expire(const struct ffs_pool_book *b, unsigned ready, uint64_t now_ns)
 {
 	int at = b->ttl_ns ? oldest_idle(b, 2, now_ns) : -1;
-	bool in_the_way = !b->count[FFS_POOL_FREE] && !b->count[FFS_POOL_STARTING] && !b->count[FFS_POOL_ENDING];
+	bool in_the_way =
+		!b->count[FFS_POOL_FREE] && !b->count[FFS_POOL_STARTING] && !b->count[FFS_POOL_ENDING];
 
 	return at >= 0 && (ready >= b->min || in_the_way) ? at : -1;
 }

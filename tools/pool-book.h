@@ -10,13 +10,13 @@
 
 #include "base/error.h"
 
-#define FFS_POOL_MAX 1024u     /* children of one pool */
-#define FFS_POOL_WAITING 224u  /* in the queue */
-#define FFS_POOL_FAILURES 3u   /* restores in a row that fail: then it is no accident */
+#define FFS_POOL_MAX 1024u    /* children of one pool */
+#define FFS_POOL_WAITING 224u /* in the queue */
+#define FFS_POOL_FAILURES 3u  /* restores in a row that fail: then it is no accident */
 #define FFS_POOL_BACKOFF_NS 500000000ull
 #define FFS_POOL_BACKOFF_MOST_NS 30000000000ull
 #define FFS_POOL_YOUNG_NS 10000000000ull /* an idle one that ends sooner has just been started */
-#define FFS_POOL_TIMES 256u    /* waits of which the median is made */
+#define FFS_POOL_TIMES 256u              /* waits of which the median is made */
 
 enum ffs_pool_state {
 	FFS_POOL_FREE, /* no child in this place */
@@ -37,10 +37,10 @@ struct ffs_pool_waiter {
 
 struct ffs_pool_place {
 	enum ffs_pool_state state;
-	uint64_t id;       /* of the child: never used again */
-	uint64_t since_ns; /* in this state */
-	bool stale;        /* of a branch that is not there any more */
-	bool hit;          /* it was idle when it was asked for */
+	uint64_t id;                    /* of the child: never used again */
+	uint64_t since_ns;              /* in this state */
+	bool stale;                     /* of a branch that is not there any more */
+	bool hit;                       /* it was idle when it was asked for */
 	struct ffs_pool_waiter *waiter; /* HANDING */
 };
 
@@ -58,17 +58,18 @@ struct ffs_pool_book {
 	uint64_t last_id;
 	struct ffs_pool_waiter *first, *last;
 	unsigned waiting;
-	unsigned in_a_row; /* failures */
-	unsigned deaths;   /* of idle ones that had just been started, since one was taken */
-	uint64_t retry_ns; /* nothing is begun before, when they are FFS_POOL_FAILURES */
+	unsigned in_a_row;    /* failures */
+	unsigned deaths;      /* of idle ones that had just been started, since one was taken */
+	uint64_t retry_ns;    /* nothing is begun before, when they are FFS_POOL_FAILURES */
 	struct ffs_error why; /* of the last failure */
-	unsigned most; /* children at the same time, so far */
+	unsigned most;        /* children at the same time, so far */
 	uint64_t hits, misses, expired, failures, timed_out, refused, died, returned, released;
 	struct ffs_pool_times hit, miss;
 };
 
 /* -ENOMEM. The numbers have been checked: min ≤ max, 1 ≤ max ≤ FFS_POOL_MAX. */
-int ffs_pool_book_init(struct ffs_pool_book *b, unsigned min, unsigned max, unsigned at_once, uint64_t ttl_ns);
+int ffs_pool_book_init(
+	struct ffs_pool_book *b, unsigned min, unsigned max, unsigned at_once, uint64_t ttl_ns);
 void ffs_pool_book_free(struct ffs_pool_book *b);
 
 /* Somebody asks. -EAGAIN: no more can wait. */
@@ -86,7 +87,7 @@ enum ffs_pool_todo {
 };
 struct ffs_pool_action {
 	enum ffs_pool_todo todo;
-	unsigned at; /* of the place */
+	unsigned at;                    /* of the place */
 	struct ffs_pool_waiter *waiter; /* not in the queue any more */
 };
 /* What is to be done next; it counts as begun. Asked again until there is nothing. */
@@ -99,7 +100,8 @@ uint64_t ffs_pool_due(const struct ffs_pool_book *b, uint64_t now_ns);
 /* STARTING → IDLE. */
 void ffs_pool_started(struct ffs_pool_book *b, unsigned at, uint64_t now_ns);
 /* STARTING: nothing came of it, and nothing is left. why->code is 0: it was ended on purpose. */
-void ffs_pool_start_failed(struct ffs_pool_book *b, unsigned at, const struct ffs_error *why, uint64_t now_ns);
+void ffs_pool_start_failed(
+	struct ffs_pool_book *b, unsigned at, const struct ffs_error *why, uint64_t now_ns);
 /* HANDING → OUT. */
 void ffs_pool_taken(struct ffs_pool_book *b, unsigned at, uint64_t now_ns);
 /* HANDING → IDLE: who asked has gone before anything was done for them. */

@@ -24,7 +24,8 @@ void pool_renew_guard(struct pool *p)
 	struct ffs_error err = {0};
 
 	if (p->guard.pid > 0 && kill(p->guard.pid, SIGKILL) < 0 && errno != ESRCH)
-		ffs_print_failure(p->self, &(struct ffs_error){errno, "the guard of the pool cannot be ended"});
+		ffs_print_failure(
+			p->self, &(struct ffs_error){errno, "the guard of the pool cannot be ended"});
 	pool_guard_end(&p->guard);
 	bool ok = pool_guard_start(&p->guard, &err) == 0 && pool_guard_socket(&p->guard, &p->name);
 
@@ -33,12 +34,16 @@ void pool_renew_guard(struct pool *p)
 		enum ffs_pool_state s = p->book.place[i].state;
 
 		if (c->dir[0] && s != FFS_POOL_OUT && s != FFS_POOL_FREE)
-			ok = pool_guard_child(&p->guard, c->dir, s == FFS_POOL_STARTING || s == FFS_POOL_ENDING ? -1 : c->vm.pidfd);
+			ok = pool_guard_child(&p->guard, c->dir,
+				s == FFS_POOL_STARTING || s == FFS_POOL_ENDING ? -1 : c->vm.pidfd);
 	}
 	if (ok)
 		return;
 	/* without one nothing may be left idle */
-	ffs_print_failure(p->self, err.code ? &err : &(struct ffs_error){EPIPE, "the guard of the pool does not listen: it is drained"});
+	ffs_print_failure(p->self,
+		err.code
+			? &err
+			: &(struct ffs_error){EPIPE, "the guard of the pool does not listen: it is drained"});
 	pool_drain(p, false);
 }
 
@@ -89,7 +94,9 @@ void pool_hand_out(struct pool *p, unsigned at, struct ffs_pool_waiter *w)
 	client->at = (int)at;
 	client->works = true;
 	atomic_store(&client->order->state, POOL_OPEN);
-	pool_job_run(p, (struct pool_job){.kind = POOL_JOB_HAND, .at = at, .order = client->order, .asked_ns = w->asked_ns});
+	pool_job_run(
+		p, (struct pool_job){
+			   .kind = POOL_JOB_HAND, .at = at, .order = client->order, .asked_ns = w->asked_ns});
 }
 
 void pool_job_end(struct pool *p, unsigned at)
@@ -139,7 +146,8 @@ static void offer(struct pool *p, struct pool_job *j, struct pool_client *client
 	struct json_object *o = json_tokener_parse(j->line);
 
 	json_object_object_add(o, "id", json_object_new_uint64(p->book.place[j->at].id));
-	json_object_object_add(o, "from", json_object_new_string(p->book.place[j->at].hit ? "pool" : "restored"));
+	json_object_object_add(
+		o, "from", json_object_new_string(p->book.place[j->at].hit ? "pool" : "restored"));
 	pool_client_offer(client, o);
 }
 

@@ -70,7 +70,8 @@ static void lose(struct pool_client *c)
 	c->deadline_ns = UINT64_MAX;
 	if (c->works) {
 		/* nothing was done yet; or the end of the VM ends the work */
-		if (!atomic_compare_exchange_strong(&c->order->state, &expected, POOL_CANCELLED) && expected == POOL_BEGUN)
+		if (!atomic_compare_exchange_strong(&c->order->state, &expected, POOL_CANCELLED) &&
+			expected == POOL_BEGUN)
 			ffs_child_kill(&p->child[c->at].vm);
 		return;
 	}
@@ -89,7 +90,8 @@ static void lose(struct pool_client *c)
 static void flush(struct pool_client *c)
 {
 	while (c->out_at < c->out_len) {
-		ssize_t n = send(c->fd, c->out + c->out_at, c->out_len - c->out_at, MSG_NOSIGNAL | MSG_DONTWAIT);
+		ssize_t n =
+			send(c->fd, c->out + c->out_at, c->out_len - c->out_at, MSG_NOSIGNAL | MSG_DONTWAIT);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -107,7 +109,8 @@ static void flush(struct pool_client *c)
 
 static void say(struct pool_client *c, struct json_object *o, enum pool_client_state next)
 {
-	const char *text = json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
+	const char *text =
+		json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
 	int n;
 
 	free(c->out);
@@ -157,8 +160,10 @@ static void asks(struct pool_client *c, struct json_object *o)
 	uint64_t now = ffs_now_ns(), wait = ffs_json_u64(o, "timeout_ms");
 	struct ffs_error err = {0};
 
-	if (!json_object_is_type(ms, json_type_int) || json_object_get_int64(ms) < 0 || wait > POOL_TIMEOUT_MAX_MS)
-		pool_client_refuse(c, EINVAL, "timeout_ms is a number of milliseconds, at most %u", POOL_TIMEOUT_MAX_MS);
+	if (!json_object_is_type(ms, json_type_int) || json_object_get_int64(ms) < 0 ||
+		wait > POOL_TIMEOUT_MAX_MS)
+		pool_client_refuse(
+			c, EINVAL, "timeout_ms is a number of milliseconds, at most %u", POOL_TIMEOUT_MAX_MS);
 	else if (c->pool->book.draining)
 		pool_client_refuse(c, ESHUTDOWN, "the pool is draining: it hands out nothing more");
 	else if (pool_order_read(o, &c->order, &err) < 0)
@@ -178,7 +183,9 @@ static void releases(struct pool_client *c, struct json_object *o)
 	c->state = POOL_RELEASES;
 	c->deadline_ns = UINT64_MAX;
 	if (!pool_release(c->pool, id, c))
-		pool_client_refuse(c, ENOENT, "no child %llu is out: the id is in the line that acquire printed", (unsigned long long)id);
+		pool_client_refuse(c, ENOENT,
+			"no child %llu is out: the id is in the line that acquire printed",
+			(unsigned long long)id);
 }
 
 static void obey(struct pool_client *c, struct json_object *request)
@@ -196,7 +203,8 @@ static void obey(struct pool_client *c, struct json_object *request)
 		c->deadline_ns = UINT64_MAX;
 		pool_drain(c->pool, ffs_cli_json_bool(o, "end_all"));
 	} else {
-		pool_client_refuse(c, EINVAL, "that is no request: acquire, release, status or drain, with an object");
+		pool_client_refuse(
+			c, EINVAL, "that is no request: acquire, release, status or drain, with an object");
 	}
 }
 
@@ -304,7 +312,8 @@ void pool_client_ready(struct pool_client *c, short revents)
 	if (listens(c) && revents & POLLIN) {
 		if (!fill(c)) {
 			if (c->in_room == POOL_REQUEST_MAX && c->in_len == c->in_room)
-				pool_client_refuse(c, E2BIG, "a request has at most %u bytes", POOL_REQUEST_MAX);
+				pool_client_refuse(
+					c, E2BIG, "a request has at most %u bytes", POOL_REQUEST_MAX);
 			else
 				lose(c);
 			return;
@@ -341,14 +350,16 @@ void pool_client_check(struct pool_client *c, uint64_t now_ns)
 
 	if (c->works && !c->gone && !c->late && now_ns >= work_deadline(c)) {
 		c->late = true;
-		if (!atomic_compare_exchange_strong(&c->order->state, &expected, POOL_CANCELLED) && expected == POOL_BEGUN)
+		if (!atomic_compare_exchange_strong(&c->order->state, &expected, POOL_CANCELLED) &&
+			expected == POOL_BEGUN)
 			ffs_child_kill(&c->pool->child[c->at].vm);
 		return;
 	}
 	if (now_ns < c->deadline_ns)
 		return;
 	if (c->state == POOL_SAYS)
-		pool_client_refuse(c, ETIMEDOUT, "no request came within %llu s", (unsigned long long)(POOL_TALK_NS / FFS_NS_PER_S));
+		pool_client_refuse(c, ETIMEDOUT, "no request came within %llu s",
+			(unsigned long long)(POOL_TALK_NS / FFS_NS_PER_S));
 	else
 		lose(c);
 }

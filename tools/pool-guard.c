@@ -28,8 +28,8 @@
 #include "pool.h"
 #include "spawn-self.h"
 
-#define FD 3          /* of the connection, in the guard */
-#define END_MS 10000  /* for the end of a process that was killed */
+#define FD 3         /* of the connection, in the guard */
+#define END_MS 10000 /* for the end of a process that was killed */
 
 enum kind { CHILD, SOCKET, FORGET };
 
@@ -76,7 +76,8 @@ static bool tell(struct pool_guard *g, const struct message *m, int fd)
 		h.msg_controllen = sizeof(room);
 		struct cmsghdr *c = CMSG_FIRSTHDR(&h);
 
-		*c = (struct cmsghdr){.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int))};
+		*c = (struct cmsghdr){
+			.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int))};
 		memcpy(CMSG_DATA(c), &fd, sizeof(fd));
 	}
 	return sendmsg(g->fd, &h, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)sizeof(*m);
@@ -184,7 +185,10 @@ static int listen_to_pool(struct guard *g)
 		struct message m;
 		struct iovec data = {&m, sizeof(m)};
 		char room[CMSG_SPACE(sizeof(int))] __attribute__((aligned(8)));
-		struct msghdr h = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof(room)};
+		struct msghdr h = {.msg_iov = &data,
+			.msg_iovlen = 1,
+			.msg_control = room,
+			.msg_controllen = sizeof(room)};
 		ssize_t n = recvmsg(FD, &h, MSG_CMSG_CLOEXEC);
 		struct cmsghdr *c;
 		int pidfd = -1;
@@ -252,7 +256,8 @@ static void clean_up(struct guard *g)
 	for (unsigned i = 0; i < g->n; i++) {
 		const struct known *k = &g->known[i];
 
-		if (k->m.kind == SOCKET && lstat(k->m.path, &st) == 0 && st.st_dev == k->m.dev && st.st_ino == k->m.ino)
+		if (k->m.kind == SOCKET && lstat(k->m.path, &st) == 0 && st.st_dev == k->m.dev &&
+			st.st_ino == k->m.ino)
 			unlink(k->m.path);
 		if (k->pidfd >= 0)
 			end_process(k->pidfd);

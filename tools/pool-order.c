@@ -72,14 +72,15 @@ static int read_log(struct pool_order *o, struct json_object *log, struct ffs_er
 {
 	const char *path = json_object_is_type(log, json_type_string) ? json_object_get_string(log) : "";
 
-	if (path[0] != '/' || strlen(path) >= PATH_MAX || strlen(path) != (size_t)json_object_get_string_len(log))
+	if (path[0] != '/' || strlen(path) >= PATH_MAX ||
+		strlen(path) != (size_t)json_object_get_string_len(log))
 		return ffs_error_set(err, EINVAL, "log is no absolute path");
 	o->log = strdup(path);
 	return o->log ? 0 : ffs_error_set(err, ENOMEM, "no memory for a path");
 }
 
-static int read_main(struct pool_order *o, struct json_object *words, struct json_object *env, struct json_object *log,
-	struct ffs_error *err)
+static int read_main(struct pool_order *o, struct json_object *words, struct json_object *env,
+	struct json_object *log, struct ffs_error *err)
 {
 	_cleanup_free_ struct agent_exec *e = NULL;
 	int r = check_words(words, AGENT_WORDS_MAX, "main", err);
@@ -102,7 +103,9 @@ static int read_main(struct pool_order *o, struct json_object *words, struct jso
 		e->env[e->envc] = json_object_get_string(json_object_array_get_idx(env, e->envc));
 	o->main_len = e->argc ? agent_exec_make(e, o->main, AGENT_PAYLOAD_MAX) : 0;
 	return o->main_len ? 0
-			   : ffs_error_set(err, E2BIG, "a main command has a word at least, and with its variables %u bytes at most",
+			   : ffs_error_set(err, E2BIG,
+				     "a main command has a word at least, and with its variables %u bytes at "
+				     "most",
 				     AGENT_PAYLOAD_MAX);
 }
 
@@ -116,7 +119,8 @@ int pool_order_read(struct json_object *o, struct pool_order **out, struct ffs_e
 		return ffs_error_set(err, ENOMEM, "no memory for an order");
 	r = read_boxes(p, ffs_json_get(o, "mailboxes"), err);
 	if (!r)
-		r = read_main(p, ffs_json_get(o, "main"), ffs_json_get(o, "env"), ffs_json_get(o, "log"), err);
+		r = read_main(
+			p, ffs_json_get(o, "main"), ffs_json_get(o, "env"), ffs_json_get(o, "log"), err);
 	if (!r && ack)
 		r = ffs_ack_option(ack, &p->ack_ms, err);
 	p->ack = ack;
@@ -152,7 +156,8 @@ struct json_object *pool_order_json(char *const *box, unsigned n, const char *ac
 
 /* A fork is what restore knows how to give to a child: an epoch of its own, pages, acknowledgements. It has its name for as
  * long as it is read. */
-int pool_order_fork(struct ffs_restore *view, const struct pool_order *o, char epoch[40], struct ffs_error *err)
+int pool_order_fork(
+	struct ffs_restore *view, const struct pool_order *o, char epoch[40], struct ffs_error *err)
 {
 	_cleanup_free_ char *request = NULL;
 	struct json_object *answer = NULL;
@@ -162,8 +167,10 @@ int pool_order_fork(struct ffs_restore *view, const struct pool_order *o, char e
 	ffs_uuid(uuid);
 	snprintf(view->target.fork, sizeof(view->target.fork), "pool.%s", uuid);
 	snprintf(ctl, sizeof(ctl), "%s/ctl", view->target.sandbox);
-	snprintf(path, sizeof(path), "%s/branches/%s/forks/%s", view->target.sandbox, view->target.branch, view->target.fork);
-	got = ffs_fork_request(&view->target, view->target.fork, o->box, o->n_boxes, o->ack ? &o->ack_ms : NULL, &request, err);
+	snprintf(path, sizeof(path), "%s/branches/%s/forks/%s", view->target.sandbox, view->target.branch,
+		view->target.fork);
+	got = ffs_fork_request(&view->target, view->target.fork, o->box, o->n_boxes,
+		o->ack ? &o->ack_ms : NULL, &request, err);
 	if (!got)
 		got = ffs_tree_request_text(view->tree, ctl, request, &answer, err);
 	if (got < 0)
@@ -201,12 +208,13 @@ static int await_main(int fd, uint64_t *pid, struct ffs_error *err)
 		if (f.type == AGENT_REFUSED)
 			agent_get(&r, 4);
 		if (f.type == AGENT_REFUSED || f.type == AGENT_ERROR)
-			return ffs_error_set(err, EREMOTEIO, "the main command was not started: %.*s", (int)(r.left > 300 ? 300 : r.left),
-				(const char *)r.p);
+			return ffs_error_set(err, EREMOTEIO, "the main command was not started: %.*s",
+				(int)(r.left > 300 ? 300 : r.left), (const char *)r.p);
 	}
 }
 
-int pool_order_main(const struct ffs_child *c, const struct pool_order *o, unsigned ready_s, uint64_t *pid, struct ffs_error *err)
+int pool_order_main(const struct ffs_child *c, const struct pool_order *o, unsigned ready_s, uint64_t *pid,
+	struct ffs_error *err)
 {
 	_cleanup_free_ char *path = NULL;
 	_cleanup_close_ int fd = -1;

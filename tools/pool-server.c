@@ -28,7 +28,8 @@ static void refuse(struct pool *p, struct pool_client *c, uint64_t now)
 	if (b->draining)
 		pool_client_refuse(c, ESHUTDOWN, "the pool is draining: it hands out nothing more");
 	else
-		pool_client_refuse(c, b->why.code, "the last %u restores failed, the next attempt is in %.1f s: %.380s", b->in_a_row,
+		pool_client_refuse(c, b->why.code,
+			"the last %u restores failed, the next attempt is in %.1f s: %.380s", b->in_a_row,
 			b->retry_ns > now ? (double)(b->retry_ns - now) / 1e9 : 0.0, b->why.text);
 }
 
@@ -52,8 +53,10 @@ static void do_what_is_due(struct pool *p)
 			pool_job_end(p, a.at);
 			break;
 		case FFS_POOL_TIMEOUT:
-			pool_client_refuse(client, ETIMEDOUT, "no child came free in time: %u of at most %u are out, %u wait",
-				p->book.count[FFS_POOL_OUT] + p->book.count[FFS_POOL_HANDING], p->book.max, p->book.waiting);
+			pool_client_refuse(client, ETIMEDOUT,
+				"no child came free in time: %u of at most %u are out, %u wait",
+				p->book.count[FFS_POOL_OUT] + p->book.count[FFS_POOL_HANDING], p->book.max,
+				p->book.waiting);
 			break;
 		case FFS_POOL_REFUSE:
 			refuse(p, client, now);
@@ -120,7 +123,8 @@ static void finish(struct pool *p)
 		}
 	pool_unlisten(&p->name);
 	if (!pool_guard_forget(&p->guard, p->name.path))
-		ffs_print_failure(p->self, &(struct ffs_error){EPIPE, "the guard of the pool has ended before it"});
+		ffs_print_failure(
+			p->self, &(struct ffs_error){EPIPE, "the guard of the pool has ended before it"});
 	pool_guard_end(&p->guard);
 	for (unsigned i = p->n_clients; i-- > 0;) {
 		if (p->client[i]->state == POOL_DRAINS)
@@ -178,9 +182,12 @@ static void wait_and_look(struct pool *p, struct pollfd *fd)
 	fd[0] = (struct pollfd){.fd = p->signals, .events = POLLIN};
 	fd[1] = (struct pollfd){.fd = p->wake, .events = POLLIN};
 	fd[2] = (struct pollfd){.fd = p->guard.pidfd, .events = POLLIN};
-	fd[3] = (struct pollfd){.fd = n < POOL_CLIENTS && ffs_now_ns() >= p->accept_ns ? p->name.listener : -1, .events = POLLIN};
+	fd[3] = (struct pollfd){
+		.fd = n < POOL_CLIENTS && ffs_now_ns() >= p->accept_ns ? p->name.listener : -1,
+		.events = POLLIN};
 	for (unsigned i = 0; i < p->book.max; i++)
-		fd[4 + i] = (struct pollfd){.fd = is_watched(p, i) ? p->child[i].vm.pidfd : -1, .events = POLLIN};
+		fd[4 + i] =
+			(struct pollfd){.fd = is_watched(p, i) ? p->child[i].vm.pidfd : -1, .events = POLLIN};
 	for (unsigned i = 0; i < n; i++) {
 		client[i] = p->client[i];
 		fd[first + i] = (struct pollfd){.fd = client[i]->fd, .events = pool_client_events(client[i])};

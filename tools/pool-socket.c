@@ -20,7 +20,8 @@ static int address_of(const char *path, struct sockaddr_un *a, struct ffs_error 
 {
 	*a = (struct sockaddr_un){.sun_family = AF_UNIX};
 	if ((size_t)snprintf(a->sun_path, sizeof(a->sun_path), "%s", path) >= sizeof(a->sun_path))
-		return ffs_error_set(err, ENAMETOOLONG, "%.100s: a socket's name has at most %zu bytes", path, sizeof(a->sun_path) - 1);
+		return ffs_error_set(err, ENAMETOOLONG, "%.100s: a socket's name has at most %zu bytes", path,
+			sizeof(a->sun_path) - 1);
 	return 0;
 }
 
@@ -44,19 +45,22 @@ static int make_room(const struct sockaddr_un *a, struct ffs_error *err)
 	if (lstat(a->sun_path, &st) < 0)
 		return errno == ENOENT ? 0 : ffs_error_errno(err, errno, "%s", a->sun_path);
 	if (!S_ISSOCK(st.st_mode))
-		return ffs_error_set(err, EEXIST, "%s is there, and no socket: name another by --socket", a->sun_path);
+		return ffs_error_set(
+			err, EEXIST, "%s is there, and no socket: name another by --socket", a->sun_path);
 	/* EAGAIN: it has more to do than it can take */
 	fd = try_connect(a, SOCK_NONBLOCK);
 	if (fd >= 0 || fd == -EAGAIN) {
 		if (fd < 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0)
 			peer.pid = 0;
 		ffs_close_fd(&fd);
-		return ffs_error_set(err, EADDRINUSE, "%s: process %d listens there already: a pool has a socket of its own", a->sun_path,
+		return ffs_error_set(err, EADDRINUSE,
+			"%s: process %d listens there already: a pool has a socket of its own", a->sun_path,
 			(int)peer.pid);
 	}
 	if (fd != -ECONNREFUSED)
 		return ffs_error_errno(err, -fd, "%s", a->sun_path);
-	return unlink(a->sun_path) < 0 && errno != ENOENT ? ffs_error_errno(err, errno, "%s", a->sun_path) : 0;
+	return unlink(a->sun_path) < 0 && errno != ENOENT ? ffs_error_errno(err, errno, "%s", a->sun_path)
+							  : 0;
 }
 
 int pool_listen(struct pool_name *n, const char *path, struct ffs_error *err)
@@ -83,7 +87,8 @@ int pool_listen(struct pool_name *n, const char *path, struct ffs_error *err)
 		unlink(path);
 		return r;
 	}
-	*n = (struct pool_name){.path = path, .dev = st.st_dev, .ino = st.st_ino, .listener = ffs_steal_fd(&fd)};
+	*n = (struct pool_name){
+		.path = path, .dev = st.st_dev, .ino = st.st_ino, .listener = ffs_steal_fd(&fd)};
 	return 0;
 }
 

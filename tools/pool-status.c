@@ -6,7 +6,8 @@
 #include "base/util.h"
 #include "pool.h"
 
-static const char *const state_name[FFS_POOL_STATES] = {"free", "starting", "idle", "handing", "out", "ending"};
+static const char *const state_name[FFS_POOL_STATES] = {
+	"free", "starting", "idle", "handing", "out", "ending"};
 
 static void add(struct json_object *o, const char *name, uint64_t n)
 {
@@ -51,12 +52,14 @@ struct json_object *pool_status(struct pool *p)
 	uint64_t now = ffs_now_ns();
 	char name[200];
 
-	snprintf(name, sizeof(name), "%s/%s%s%s", p->target->sandbox, p->target->branch, p->target->fork[0] ? "/" : "",
-		p->target->fork);
+	snprintf(name, sizeof(name), "%s/%s%s%s", p->target->sandbox, p->target->branch,
+		p->target->fork[0] ? "/" : "", p->target->fork);
 	json_object_object_add(o, "pool", json_object_new_string(name));
 	add(o, "pid", (uint64_t)getpid());
 	json_object_object_add(o, "state",
-		json_object_new_string(b->draining ? "draining" : b->in_a_row >= FFS_POOL_FAILURES ? "failing" : "serving"));
+		json_object_new_string(b->draining                        ? "draining"
+				       : b->in_a_row >= FFS_POOL_FAILURES ? "failing"
+									  : "serving"));
 	add(o, "min", b->min);
 	add(o, "max", b->max);
 	add(o, "ttl_ns", b->ttl_ns);

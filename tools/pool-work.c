@@ -43,7 +43,8 @@ static int make_template(struct pool *p, struct pool_template **out, struct ffs_
 		got = ffs_restore_plan(&t->r, p->how, err);
 	if (!got && t->r.conf.jailer)
 		got = ffs_error_set(err, ENOTSUP,
-			"a pool has no children in jails: should it be killed, nobody would know of the jails of those that are idle");
+			"a pool has no children in jails: should it be killed, nobody would know of the "
+			"jails of those that are idle");
 	/* of a branch that is whole the children outlive the daemon, and the next ones are as fast as the first */
 	if (!got && t->r.writing)
 		got = ffs_wait_branch(&t->tree, p->target, false, err);
@@ -138,11 +139,13 @@ static int prepare(struct pool_job *j, struct ffs_restore *view, char epoch[40],
 
 	if (j->order->n_boxes && j->pool->target->fork[0])
 		return ffs_error_set(err, EINVAL,
-			"the pool is of fork %s, whose payloads its children have: for payloads of your own serve %s/%s",
+			"the pool is of fork %s, whose payloads its children have: for payloads of your own "
+			"serve %s/%s",
 			j->pool->target->fork, view->target.sandbox, view->target.branch);
 	if (j->order->n_boxes && c->runs)
 		return ffs_error_set(err, EINVAL,
-			"the idle children of this pool run already (--healthy), so a payload would come too late: serve one without");
+			"the idle children of this pool run already (--healthy), so a payload would come too "
+			"late: serve one without");
 	if (j->order->n_boxes)
 		got = pool_order_fork(view, j->order, epoch, err);
 	else if (j->order->no_ack)
@@ -167,7 +170,8 @@ static char *make_line(struct pool_job *j, struct ffs_restore *view, const char 
 		json_object_object_add(main, "pid", main_pid ? json_object_new_uint64(main_pid) : NULL);
 		json_object_object_add(o, "main", main);
 	}
-	text = strdup(json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE));
+	text = strdup(
+		json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE));
 	json_object_put(o);
 	return text;
 }

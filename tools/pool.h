@@ -30,11 +30,12 @@ struct pool;
 struct pool_client;
 
 #define POOL_REQUEST_MAX (256u << 10)
-#define POOL_CLIENTS 256u /* connections; above FFS_POOL_WAITING, so that there is always room for a `status` */
-#define POOL_STARTS 32u   /* at the same time, at most */
-#define POOL_TALK_NS 10000000000ull  /* how long a client may take to say its request, or to take an answer */
-#define POOL_WORK_NS 5000000000ull   /* for what is done to a child, also for who does not wait for one */
-#define POOL_FULL_NS 200000000ull    /* until it is looked again whether there is a descriptor */
+#define POOL_CLIENTS                                                                                         \
+	256u            /* connections; above FFS_POOL_WAITING, so that there is always room for a `status` */
+#define POOL_STARTS 32u /* at the same time, at most */
+#define POOL_TALK_NS 10000000000ull /* how long a client may take to say its request, or to take an answer */
+#define POOL_WORK_NS 5000000000ull  /* for what is done to a child, also for who does not wait for one */
+#define POOL_FULL_NS 200000000ull   /* until it is looked again whether there is a descriptor */
 #define POOL_TIMEOUT_MAX_MS 86400000u
 
 /* ---- pool-socket.c ---- */
@@ -60,8 +61,8 @@ struct pool_guard {
 };
 int pool_guard_start(struct pool_guard *g, struct ffs_error *err);
 /* False: it is not there any more, and has to be started and told anew. Nothing here waits. */
-bool pool_guard_socket(struct pool_guard *g, const struct pool_name *n);     /* to be removed */
-bool pool_guard_child(struct pool_guard *g, const char *dir, int pidfd);     /* pidfd -1: it is being started */
+bool pool_guard_socket(struct pool_guard *g, const struct pool_name *n); /* to be removed */
+bool pool_guard_child(struct pool_guard *g, const char *dir, int pidfd); /* pidfd -1: it is being started */
 bool pool_guard_forget(struct pool_guard *g, const char *path);
 void pool_guard_end(struct pool_guard *g);
 
@@ -88,16 +89,18 @@ struct json_object *pool_order_json(char *const *box, unsigned n, const char *ac
 struct json_object *pool_order_words(char *const *word, unsigned n);
 /* Make the fork that the order asks for and read it into `view`, whose pages, epoch and acknowledgements are then its own; the
  * fork itself is gone again. */
-int pool_order_fork(struct ffs_restore *view, const struct pool_order *o, char epoch[40], struct ffs_error *err);
+int pool_order_fork(
+	struct ffs_restore *view, const struct pool_order *o, char epoch[40], struct ffs_error *err);
 /* Start the main command in a child that runs; *pid is its process in the guest. */
-int pool_order_main(const struct ffs_child *c, const struct pool_order *o, unsigned ready_s, uint64_t *pid, struct ffs_error *err);
+int pool_order_main(const struct ffs_child *c, const struct pool_order *o, unsigned ready_s, uint64_t *pid,
+	struct ffs_error *err);
 
 /* ---- pool-work.c ---- */
 
 /* What children of one branch have in common. A branch that is made in its place gets another. */
 struct pool_template {
 	atomic_uint refs;
-	atomic_bool bad; /* something of it failed: it is made anew before the next start */
+	atomic_bool bad;      /* something of it failed: it is made anew before the next start */
 	struct ffs_tree tree; /* its own: the next one may be of another daemon */
 	struct ffs_restore r;
 };
@@ -115,7 +118,7 @@ struct pool_job {
 	struct pool_order *order; /* HAND: the client's, who waits for the end of this */
 	uint64_t asked_ns;
 	/* what came of it */
-	int result; /* HAND: -ECANCELED, -ESTALE: nothing was done */
+	int result;   /* HAND: -ECANCELED, -ESTALE: nothing was done */
 	bool touched; /* HAND: the child is not what it was */
 	struct ffs_error err;
 	char *line; /* HAND: of the child */
@@ -123,9 +126,9 @@ struct pool_job {
 
 struct pool_child {
 	struct ffs_child vm;
-	struct pool_template *of;        /* NULL: not begun */
-	bool runs;                       /* it was resumed already */
-	bool failed;                     /* pool->lock: its start has, and its thread ends it; nobody else may kill it */
+	struct pool_template *of; /* NULL: not begun */
+	bool runs;                /* it was resumed already */
+	bool failed; /* pool->lock: its start has, and its thread ends it; nobody else may kill it */
 	struct pool_client *client;      /* to whom it goes; HANDING */
 	struct pool_client *released_by; /* is told when it is gone */
 	char dir[100];                   /* as the guard knows it */
@@ -149,15 +152,15 @@ struct pool {
 	const struct ffs_command *self;
 	const struct ffs_target *target;
 	struct ffs_restore_args *how;
-	bool end_all;     /* at the end, also those that are out */
+	bool end_all; /* at the end, also those that are out */
 	uint64_t began_ns;
 
 	struct pool_name name;
 	int signals, wake;
 	struct pool_guard guard;
 	struct ffs_pool_book book;
-	struct pool_child *child;  /* of book.place, by its index */
-	struct pool_ended *ended;  /* book.max of them, in a ring */
+	struct pool_child *child; /* of book.place, by its index */
+	struct pool_ended *ended; /* book.max of them, in a ring */
 	unsigned n_ended;
 	struct pool_client *client[POOL_CLIENTS];
 	unsigned n_clients;
@@ -166,7 +169,8 @@ struct pool {
 	bool watch_used[POOL_STARTS];
 	uint64_t accept_ns; /* nobody is let in before: no descriptor was left */
 
-	pthread_mutex_t lock; /* closed, done, child->failed; and the start of a process. Nothing waits with it held but that */
+	pthread_mutex_t
+		lock; /* closed, done, child->failed; and the start of a process. Nothing waits with it held but that */
 	bool closed;
 	struct pool_job *done;
 

@@ -42,9 +42,9 @@ static void draw(const struct ffs_tree *t, const struct ffs_target *target, cons
 	if (!ioctl(STDERR_FILENO, TIOCGWINSZ, &ws) && ws.ws_col && ws.ws_col < 100)
 		width = ws.ws_col > 75 ? 20 : 10;
 	full = (int)((double)done / (double)all * width);
-	fprintf(stderr, "\r%.40s/%.40s [%.*s%*s] %3d %%  %s of %s%s\033[K", target->sandbox, target->branch, full,
-		"##############################", width - full, "", (int)(done * 100.0 / all), ffs_format_bytes(a, done),
-		ffs_format_bytes(b, all), what);
+	fprintf(stderr, "\r%.40s/%.40s [%.*s%*s] %3d %%  %s of %s%s\033[K", target->sandbox, target->branch,
+		full, "##############################", width - full, "", (int)(done * 100.0 / all),
+		ffs_format_bytes(a, done), ffs_format_bytes(b, all), what);
 	fflush(stderr);
 }
 

@@ -33,7 +33,8 @@ static int lend(int dir, const char *name, const struct ffs_child *c, struct ffs
 	if (fd < 0 || fstat(fd, &st) < 0)
 		return ffs_error_errno(err, errno, "%s/%s", c->jail, name);
 	if (!S_ISSOCK(st.st_mode) || st.st_uid != geteuid())
-		return ffs_error_set(err, EPERM, "%s/%s is not the socket that was made there", c->jail, name);
+		return ffs_error_set(
+			err, EPERM, "%s/%s is not the socket that was made there", c->jail, name);
 	if (fchownat(fd, "", c->uid, c->gid, AT_EMPTY_PATH) < 0)
 		return ffs_error_errno(err, errno, "%s/%s", c->jail, name);
 	return 0;
@@ -88,7 +89,8 @@ static bool hear(struct ffs_ack_peer *p, struct ffs_ack_wait *w, uint64_t now_ns
 
 	if (n < 0)
 		return errno == EAGAIN || errno == EINTR;
-	return n && !ffs_ack_feed(w, &p->stream, bytes, (size_t)n, now_ns) && p->stream.len <= FFS_ACK_TEXT_MAX;
+	return n && !ffs_ack_feed(w, &p->stream, bytes, (size_t)n, now_ns) &&
+	       p->stream.len <= FFS_ACK_TEXT_MAX;
 }
 
 void ffs_ack_vsock_receive(struct ffs_ack_vsock *v, struct ffs_ack_wait *w, uint64_t now_ns)

@@ -54,11 +54,13 @@ static int add_box(struct ffs_restore *r, struct json_object *box, struct ffs_er
 	while (k < FFS_MAILBOX_KINDS && strcmp(ffs_mailbox_layout(k)->title, kind))
 		k++;
 	if (k == FFS_MAILBOX_KINDS)
-		return ffs_error_set(err, EPROTO, "the status of fork %s names a kind of mailbox that is not known", r->target.fork);
+		return ffs_error_set(err, EPROTO,
+			"the status of fork %s names a kind of mailbox that is not known", r->target.fork);
 	int got = r->ack_all ? 0 : ffs_ack_timeout(json_object_get_int64(own), "ack_timeout_ms", &ms, err);
 
 	if (!got && ffs_ack_add(&r->ack, k, name, ms) < 0)
-		got = ffs_error_set(err, EPROTO, "the status of fork %s names too many mailboxes", r->target.fork);
+		got = ffs_error_set(
+			err, EPROTO, "the status of fork %s names too many mailboxes", r->target.fork);
 	if (!got)
 		r->ack_offset[i] = ffs_json_u64(box, "offset");
 	return got;
@@ -77,7 +79,8 @@ int ffs_restore_ack_read(struct ffs_restore *r, struct json_object *status, stru
 	for (size_t i = 0; !got && i < n; i++)
 		got = add_box(r, json_object_array_get_idx(boxes, i), err);
 	if (!got && r->ack.n && r->paused) {
-		ffs_restore_note(r, "fork %s wants an ACK, which a VM that is left paused cannot give", r->target.fork);
+		ffs_restore_note(r, "fork %s wants an ACK, which a VM that is left paused cannot give",
+			r->target.fork);
 		r->ack.n = 0;
 	}
 	return got;
@@ -125,7 +128,8 @@ static int put_into(void *arg, const void *bytes, size_t len, unsigned at)
 	return 0;
 }
 
-static int add_port(const struct ffs_restore_ack *a, const struct ffs_ack_box *b, uint8_t *page, struct ffs_error *err)
+static int add_port(
+	const struct ffs_restore_ack *a, const struct ffs_ack_box *b, uint8_t *page, struct ffs_error *err)
 {
 	char with_port[FFS_MAILBOX_PAYLOAD_MAX], with_both[FFS_MAILBOX_PAYLOAD_MAX];
 	size_t most = ffs_mailbox_layout(b->kind)->payload_max;
@@ -147,8 +151,8 @@ static int add_port(const struct ffs_restore_ack *a, const struct ffs_ack_box *b
 
 	if (n >= 0 && a->vsock.sock >= 0) {
 		struct ffs_error why = {0};
-		ssize_t both = ffs_json_add_port((struct ffs_span){with_port, (size_t)n}, FFS_ACK_VSOCK_PORT_KEY, FFS_ACK_VSOCK_PORT,
-			with_both, most, &why);
+		ssize_t both = ffs_json_add_port((struct ffs_span){with_port, (size_t)n},
+			FFS_ACK_VSOCK_PORT_KEY, FFS_ACK_VSOCK_PORT, with_both, most, &why);
 
 		/* when the fork was made there had to be room for one port only: then the other ways are left */
 		if (both >= 0) {
@@ -162,11 +166,12 @@ static int add_port(const struct ffs_restore_ack *a, const struct ffs_ack_box *b
 		ffs_error_prefix(err, "mailbox %s", b->name);
 		return (int)n;
 	}
-	return ffs_mailbox_write(b->kind, text, (size_t)n, a->wait.epoch, flags | FFS_MAILBOX_WANTS_ACK, put_into, page);
+	return ffs_mailbox_write(
+		b->kind, text, (size_t)n, a->wait.epoch, flags | FFS_MAILBOX_WANTS_ACK, put_into, page);
 }
 
-int ffs_restore_ack_page(const struct ffs_restore *r, const struct ffs_child *c, uint64_t offset, uint64_t at, void *page,
-	struct ffs_error *err)
+int ffs_restore_ack_page(const struct ffs_restore *r, const struct ffs_child *c, uint64_t offset, uint64_t at,
+	void *page, struct ffs_error *err)
 {
 	struct ffs_restore_ack *a = c->ack;
 
@@ -201,9 +206,11 @@ static void look_at_pages(const struct ffs_child *c, struct ffs_restore_ack *a)
 
 	for (unsigned i = 0; i < a->wait.n; i++) {
 		struct iovec ours = {word, sizeof(word)},
-			     theirs = {(void *)(uintptr_t)(a->at[i] + FFS_ACK_WORD_AT), sizeof(word)}; /* NOLINT */
+			     theirs = {(void *)(uintptr_t)(a->at[i] + FFS_ACK_WORD_AT),
+				     sizeof(word)}; /* NOLINT */
 
-		if (a->at[i] && a->wait.box[i].state == FFS_ACK_PENDING && ffs_mailbox_layout(a->wait.box[i].kind)->extension_at &&
+		if (a->at[i] && a->wait.box[i].state == FFS_ACK_PENDING &&
+			ffs_mailbox_layout(a->wait.box[i].kind)->extension_at &&
 			process_vm_readv(c->pid, &ours, 1, &theirs, 1, 0) == (ssize_t)sizeof(word))
 			ffs_ack_offer_word(&a->wait, i, word, a->looked_ns);
 	}
@@ -219,9 +226,11 @@ static int missing(const struct ffs_restore_ack *a, struct ffs_error *err)
 		b++;
 	for (enum ffs_ack_verdict v = FFS_ACK_TAKEN + 1; v < FFS_ACK_VERDICTS; v++)
 		if (a->wait.count[v])
-			len += (size_t)snprintf(ignored + len, sizeof(ignored) - len, "%s%llu %s", len ? ", " : "; ignored: ",
-				(unsigned long long)a->wait.count[v], ffs_ack_verdict_name(v));
-	return ffs_error_set(err, ETIMEDOUT, "mailbox %s was not acknowledged within %u ms%s", b->name, b->timeout_ms, ignored);
+			len += (size_t)snprintf(ignored + len, sizeof(ignored) - len, "%s%llu %s",
+				len ? ", " : "; ignored: ", (unsigned long long)a->wait.count[v],
+				ffs_ack_verdict_name(v));
+	return ffs_error_set(err, ETIMEDOUT, "mailbox %s was not acknowledged within %u ms%s", b->name,
+		b->timeout_ms, ignored);
 }
 
 /* Until nothing of this kind is waited for; all that comes is looked at, whatever it is for. */
@@ -231,7 +240,8 @@ static int await(struct ffs_child *c, enum ffs_mailbox_kind kind, struct ffs_err
 
 	for (;;) {
 		bool ended = ffs_child_ended(c);
-		struct pollfd p[3 + FFS_ACK_VSOCK_PEERS] = {{.fd = c->pidfd, .events = POLLIN}, {.fd = a->sock, .events = POLLIN}};
+		struct pollfd p[3 + FFS_ACK_VSOCK_PEERS] = {
+			{.fd = c->pidfd, .events = POLLIN}, {.fd = a->sock, .events = POLLIN}};
 		int look = a->looks++ < LOOKS_SOON ? SOON_MS : LATER_MS, until;
 		uint64_t next;
 
@@ -245,9 +255,11 @@ static int await(struct ffs_child *c, enum ffs_mailbox_kind kind, struct ffs_err
 		if (ffs_ack_over(&a->wait, kind))
 			return 0;
 		if (ended)
-			return ffs_error_set(err, ECONNRESET, "the VM ended before its mailboxes were acknowledged");
+			return ffs_error_set(
+				err, ECONNRESET, "the VM ended before its mailboxes were acknowledged");
 		until = ffs_ms_until(next);
-		if (poll(p, 2 + ffs_ack_vsock_poll(&a->vsock, p + 2), until < look ? until : look) < 0 && errno != EINTR)
+		if (poll(p, 2 + ffs_ack_vsock_poll(&a->vsock, p + 2), until < look ? until : look) < 0 &&
+			errno != EINTR)
 			return ffs_error_errno(err, errno, "acknowledgements cannot be waited for");
 	}
 }
@@ -274,10 +286,20 @@ struct hook {
 };
 
 static const struct hook hooks[] = {
-	{.before_point = "restore-port", .after_point = "restore-port-after", .before = open_port, .close = close_port},
-	{.before_point = "restore-vsock", .loaded_point = "restore-vsock-loaded", .after_point = "restore-vsock-after", .loaded = open_vsock},
-	{.before_point = "restore-network", .after_point = "restore-network-after", .after_resume = await_network},
-	{.before_point = "restore-mailbox", .after_point = "restore-mailbox-after", .after_resume = await_mailboxes},
+	{.before_point = "restore-port",
+		.after_point = "restore-port-after",
+		.before = open_port,
+		.close = close_port},
+	{.before_point = "restore-vsock",
+		.loaded_point = "restore-vsock-loaded",
+		.after_point = "restore-vsock-after",
+		.loaded = open_vsock},
+	{.before_point = "restore-network",
+		.after_point = "restore-network-after",
+		.after_resume = await_network},
+	{.before_point = "restore-mailbox",
+		.after_point = "restore-mailbox-after",
+		.after_resume = await_mailboxes},
 };
 
 static int point(const char *name, struct ffs_error *err)
@@ -361,6 +383,7 @@ struct json_object *ffs_restore_ack_ignored_json(const struct ffs_child *c)
 	struct json_object *o = json_object_new_object();
 
 	for (enum ffs_ack_verdict v = FFS_ACK_TAKEN + 1; v < FFS_ACK_VERDICTS; v++)
-		json_object_object_add(o, ffs_ack_verdict_name(v), json_object_new_uint64(c->ack->wait.count[v]));
+		json_object_object_add(
+			o, ffs_ack_verdict_name(v), json_object_new_uint64(c->ack->wait.count[v]));
 	return o;
 }

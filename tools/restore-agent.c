@@ -38,9 +38,11 @@ static void add_phase(struct json_object *phases, const char *name, uint64_t *at
 		*at = now;
 }
 
-static struct json_object *make_timing(const struct ffs_restore *r, struct ffs_child *c, struct json_object *said)
+static struct json_object *make_timing(
+	const struct ffs_restore *r, struct ffs_child *c, struct json_object *said)
 {
-	struct json_object *o = json_object_new_object(), *phases = json_object_new_object(), *edges = ffs_json_get(said, "phases_ns");
+	struct json_object *o = json_object_new_object(), *phases = json_object_new_object(),
+			   *edges = ffs_json_get(said, "phases_ns");
 	uint64_t at = c->began_ns, edge = ffs_json_u64(said, "began_ns") - r->began_ns;
 	char branch[140];
 
@@ -69,14 +71,16 @@ static struct json_object *make_timing(const struct ffs_restore *r, struct ffs_c
 /* Whole or not there. */
 static int write_timing(const struct ffs_child *c, struct json_object *timing, struct ffs_error *err)
 {
-	const char *text = json_object_to_json_string_ext(timing, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
+	const char *text = json_object_to_json_string_ext(
+		timing, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
 	char path[130], fresh[140];
 	_cleanup_close_ int fd = -1;
 
 	snprintf(path, sizeof(path), "%s/timing.json", c->dir);
 	snprintf(fresh, sizeof(fresh), "%s.new", path);
 	fd = open(fresh, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
-	if (fd < 0 || ffs_write_full(fd, text, strlen(text)) < 0 || ffs_write_full(fd, "\n", 1) < 0 || rename(fresh, path) < 0)
+	if (fd < 0 || ffs_write_full(fd, text, strlen(text)) < 0 || ffs_write_full(fd, "\n", 1) < 0 ||
+		rename(fresh, path) < 0)
 		return ffs_error_errno(err, errno, "%s, the times of the child", path);
 	return 0;
 }
@@ -96,7 +100,8 @@ int ffs_restore_agent_await(struct ffs_restore *r, struct ffs_child *c, struct f
 	said = json_tokener_parse(json);
 	if (!json_object_is_type(said, json_type_object)) {
 		json_object_put(said);
-		return ffs_error_set(err, EPROTO, "the link to the guest's agent says nothing that can be understood");
+		return ffs_error_set(
+			err, EPROTO, "the link to the guest's agent says nothing that can be understood");
 	}
 	timing = make_timing(r, c, said);
 	got = write_timing(c, timing, err);

@@ -97,7 +97,8 @@ int ffs_restore_api_call(struct ffs_child *c, const char *method, const char *pa
 		said = json_tokener_parse(a.body);
 	if (a.status < 200 || a.status > 299)
 		r = ffs_error_set(err, EREMOTEIO, "%s %s was answered %d: %.300s", method, path, a.status,
-			*ffs_json_string(said, "fault_message") ? ffs_json_string(said, "fault_message") : "no reason given");
+			*ffs_json_string(said, "fault_message") ? ffs_json_string(said, "fault_message")
+								: "no reason given");
 	ffs_http_answer_free(&a);
 	if (!r && answer)
 		*answer = said;
@@ -143,19 +144,21 @@ static int plan(struct ffs_restore *r, struct ffs_error *err)
 
 	if (!r->conf.binary)
 		return ffs_error_set(err, EINVAL,
-			"how a VMM of the kind coop is started is not known: name it by --vmm, and its options after -- with "
+			"how a VMM of the kind coop is started is not known: name it by --vmm, and its "
+			"options after -- with "
 			"{memory}, {vmstate} and {api}, or in a file of " FFS_VMM_DIR);
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(wanted); i++)
 		if (!says(r, wanted[i]))
-			return ffs_error_set(err, EINVAL, "%s is in none of the VMM's options: where does it go?", wanted[i]);
+			return ffs_error_set(err, EINVAL,
+				"%s is in none of the VMM's options: where does it go?", wanted[i]);
 	return 0;
 }
 
 static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
 {
 	char memory[32], vmstate[32], mib[32], number[16], api[160] = SOCKET, vsock[160] = FFS_CHILD_VSOCK;
-	const struct ffs_restore_word words[] = {{"memory", memory}, {"vmstate", vmstate}, {"api", api}, {"dir", c->dir},
-		{"memory_mib", mib}, {"number", number}, {"vsock", vsock}};
+	const struct ffs_restore_word words[] = {{"memory", memory}, {"vmstate", vmstate}, {"api", api},
+		{"dir", c->dir}, {"memory_mib", mib}, {"number", number}, {"vsock", vsock}};
 
 	snprintf(memory, sizeof(memory), "/proc/self/fd/%d", FFS_CHILD_MEMORY);
 	snprintf(vmstate, sizeof(vmstate), "/proc/self/fd/%d", FFS_CHILD_VMSTATE);
@@ -168,7 +171,8 @@ static int command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *
 	ffs_argv_add(out, r->conf.binary);
 	for (unsigned i = 0; i < r->conf.arg.n + r->n_user_args; i++) {
 		_cleanup_free_ char *word = ffs_restore_expand(
-			i < r->conf.arg.n ? r->conf.arg.word[i] : r->user_arg[i - r->conf.arg.n], words, FFS_ARRAY_LEN(words));
+			i < r->conf.arg.n ? r->conf.arg.word[i] : r->user_arg[i - r->conf.arg.n], words,
+			FFS_ARRAY_LEN(words));
 
 		if (!word)
 			return ffs_error_set(err, ENOMEM, "no memory for a command line");
@@ -194,10 +198,12 @@ static int load(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *er
 			ffs_json_string(root, "state"));
 	else if (t->running && r->paused)
 		got = ffs_error_set(err, EPROTO,
-			"the VM runs by itself, so it cannot be left paused: its options must say that it is loaded only");
+			"the VM runs by itself, so it cannot be left paused: its options must say that it is "
+			"loaded only");
 	else if (t->running && r->target.fork[0])
 		got = ffs_error_set(err, EPROTO,
-			"the VM runs by itself, so the payloads of fork %s came too late: its options must say that it is loaded only",
+			"the VM runs by itself, so the payloads of fork %s came too late: its options must "
+			"say that it is loaded only",
 			r->target.fork);
 	json_object_put(root);
 	return got;

@@ -20,8 +20,8 @@
 
 #define DIR_DEFAULT "/run/forkfs/children"
 
-const struct ffs_restore_ops *const ffs_restore_kinds[] = {&ffs_restore_qemu, &ffs_restore_coop,
-	&ffs_restore_firecracker, NULL};
+const struct ffs_restore_ops *const ffs_restore_kinds[] = {
+	&ffs_restore_qemu, &ffs_restore_coop, &ffs_restore_firecracker, NULL};
 
 void ffs_restore_note(struct ffs_restore *r, const char *fmt, ...)
 {
@@ -63,7 +63,8 @@ static int look_at_branch(struct ffs_restore *r, const struct ffs_restore_args *
 	r->branch_fd = openat(r->tree->fd, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (r->branch_fd < 0)
 		return ffs_error_errno(err, errno, "%s/%s", r->tree->mount, path);
-	got = ffs_tree_json(&(struct ffs_tree){.mount = r->tree->mount, .fd = r->branch_fd}, "status", &r->status, err);
+	got = ffs_tree_json(
+		&(struct ffs_tree){.mount = r->tree->mount, .fd = r->branch_fd}, "status", &r->status, err);
 	if (got < 0)
 		return got;
 	state = ffs_json_string(r->status, "state");
@@ -72,10 +73,12 @@ static int look_at_branch(struct ffs_restore *r, const struct ffs_restore_args *
 		return ffs_error_set(err, EIO, "branch %s failed and can never be restored: %.300s", label,
 			ffs_json_string(r->status, "error"));
 	if (!r->writing && strcmp(state, "ready"))
-		return ffs_error_set(err, EPROTO, "branch %s is in a state that is not known: '%.40s'", label, state);
+		return ffs_error_set(
+			err, EPROTO, "branch %s is in a state that is not known: '%.40s'", label, state);
 	if (json_object_is_type(ffs_json_get(r->status, "torn_possible"), json_type_array) && !a->torn)
 		return ffs_error_set(err, EPERM,
-			"branch %s was taken by --force while others could write the guest's memory, and may be torn "
+			"branch %s was taken by --force while others could write the guest's memory, and may "
+			"be torn "
 			"(torn_possible in its status): --accept-torn starts it all the same",
 			label);
 	r->memory_size = ffs_json_u64(r->status, "memory_bytes");
@@ -86,8 +89,8 @@ static int look_at_branch(struct ffs_restore *r, const struct ffs_restore_args *
 		if (!strcmp((*k)->kind, kind))
 			r->ops = *k;
 	if (!r->ops)
-		return ffs_error_set(
-			err, ENOTSUP, "branch %s is of a VMM of the kind '%.40s', which restore cannot start", label, kind);
+		return ffs_error_set(err, ENOTSUP,
+			"branch %s is of a VMM of the kind '%.40s', which restore cannot start", label, kind);
 	if (!r->memory_size)
 		return ffs_error_set(err, EPROTO, "branch %s has no memory", label);
 	return 0;
@@ -101,28 +104,36 @@ static int refuse_imported(struct ffs_restore *r, struct ffs_error *err)
 	if (!r->imported || r->trust || !line)
 		return 0;
 	return ffs_error_set(err, EPERM,
-		"branch %s was imported, and its manifest's command line is not run without --trust: %.300s", r->target.branch,
-		json_object_to_json_string_ext(line, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE));
+		"branch %s was imported, and its manifest's command line is not run without --trust: %.300s",
+		r->target.branch,
+		json_object_to_json_string_ext(
+			line, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE));
 }
 
 static int check_kind(const struct ffs_restore *r, struct ffs_error *err)
 {
 	if (r->healthy && r->ops != &ffs_restore_qemu)
 		return ffs_error_set(err, ENOTSUP,
-			"--healthy is for QEMU's children, which have a port for an agent; the branch is of a %s", r->ops->kind);
+			"--healthy is for QEMU's children, which have a port for an agent; the branch is of "
+			"a %s",
+			r->ops->kind);
 	if (r->ops == &ffs_restore_firecracker)
 		return r->backend && r->target.fork[0] && !strcmp(r->backend, "uffd")
 			       ? ffs_error_set(err, ENOTSUP,
-					 "--backend uffd serves the branch's memory, without the payloads of fork %s: leave it "
+					 "--backend uffd serves the branch's memory, without the payloads of "
+					 "fork %s: leave it "
 					 "out, or serve the fork's memory.bin by `forkfs pager`",
 					 r->target.fork)
 			       : 0;
 	if (r->conf.jailer)
-		return ffs_error_set(err, EINVAL, "a jailer is for Firecracker's children; the branch is of a %s", r->ops->kind);
+		return ffs_error_set(err, EINVAL,
+			"a jailer is for Firecracker's children; the branch is of a %s", r->ops->kind);
 	if (r->backend)
-		return ffs_error_set(err, EINVAL, "--backend is for Firecracker's children; the branch is of a %s", r->ops->kind);
+		return ffs_error_set(err, EINVAL,
+			"--backend is for Firecracker's children; the branch is of a %s", r->ops->kind);
 	if (r->drives.n || r->nets.n)
-		return ffs_error_set(err, EINVAL, "--drive and --net are for Firecracker's children; the branch is of a %s",
+		return ffs_error_set(err, EINVAL,
+			"--drive and --net are for Firecracker's children; the branch is of a %s",
 			r->ops->kind);
 	return 0;
 }
@@ -171,7 +182,8 @@ int ffs_restore_begin(struct ffs_restore *r, const struct ffs_restore_args *a, s
 void ffs_restore_init(struct ffs_restore *r, const struct ffs_tree *t, const struct ffs_target *target,
 	const struct ffs_restore_args *a)
 {
-	*r = (struct ffs_restore){.tree = t, .target = *target, .memory_fd = -1, .branch_fd = -1, .began_ns = ffs_now_ns()};
+	*r = (struct ffs_restore){
+		.tree = t, .target = *target, .memory_fd = -1, .branch_fd = -1, .began_ns = ffs_now_ns()};
 	r->trust = a->trust;
 	r->backend = a->backend;
 	r->no_prefetch = a->no_prefetch;
@@ -185,8 +197,8 @@ void ffs_restore_init(struct ffs_restore *r, const struct ffs_tree *t, const str
 	r->notes = json_object_new_array();
 }
 
-int ffs_restore_view(
-	const struct ffs_restore *r, const struct ffs_target *target, struct ffs_restore *out, struct ffs_error *err)
+int ffs_restore_view(const struct ffs_restore *r, const struct ffs_target *target, struct ffs_restore *out,
+	struct ffs_error *err)
 {
 	*out = *r;
 	out->target = *target;
@@ -259,8 +271,10 @@ int ffs_restore_check_args(struct ffs_restore_args *a, struct ffs_error *err)
 		return ffs_error_set(err, EINVAL, "--ready-timeout goes with --healthy");
 	if (a->ready && ffs_seconds_option("--ready-timeout", a->ready, &a->ready_s, err) < 0)
 		return -EINVAL;
-	if (a->ack_address && ffs_ip_parse(a->ack_address, &(struct sockaddr_storage){0}, &(socklen_t){0}) < 0)
-		return ffs_error_set(err, EINVAL, "--ack-address is an IP address of this host, not '%.60s'", a->ack_address);
+	if (a->ack_address &&
+		ffs_ip_parse(a->ack_address, &(struct sockaddr_storage){0}, &(socklen_t){0}) < 0)
+		return ffs_error_set(err, EINVAL, "--ack-address is an IP address of this host, not '%.60s'",
+			a->ack_address);
 	if (a->backend && strcmp(a->backend, "file") && strcmp(a->backend, "uffd"))
 		return ffs_error_set(err, EINVAL, "--backend is file or uffd, not '%.40s'", a->backend);
 	if (a->dir && a->dir[0] != '/')

@@ -59,12 +59,14 @@ int ffs_child_make_dir(struct ffs_child *c, const char *base, const char *label,
 	/* 107 bytes is what a socket's name may have */
 	if ((size_t)snprintf(c->dir, sizeof(c->dir), "%s/%.40s.XXXXXX", base, label) >= 80) {
 		c->dir[0] = 0;
-		return ffs_error_set(err, ENAMETOOLONG, "%s is too long a directory for sockets: name another by --dir", base);
+		return ffs_error_set(err, ENAMETOOLONG,
+			"%s is too long a directory for sockets: name another by --dir", base);
 	}
 	int r = make_parents(base, err);
 
 	if (!r && !mkdtemp(c->dir))
-		r = ffs_error_errno(err, errno, "%s: no directory can be made there (another by --dir)", base);
+		r = ffs_error_errno(
+			err, errno, "%s: no directory can be made there (another by --dir)", base);
 	if (r < 0)
 		c->dir[0] = 0;
 	return r;
@@ -75,7 +77,8 @@ int ffs_child_give(struct ffs_child *c, int number, int fd, struct ffs_error *er
 	int copy;
 
 	if (number < 3 || number >= ABOVE)
-		return ffs_error_set(err, EMFILE, "a child cannot be given more than %d descriptors", FFS_CHILD_FDS);
+		return ffs_error_set(
+			err, EMFILE, "a child cannot be given more than %d descriptors", FFS_CHILD_FDS);
 	copy = fcntl(fd, F_DUPFD_CLOEXEC, ABOVE);
 	if (copy < 0)
 		return ffs_error_errno(err, errno, "a descriptor for a child");
@@ -155,7 +158,8 @@ static int make_attributes(posix_spawnattr_t *attr)
 	return r;
 }
 
-int ffs_child_spawn(struct ffs_child *c, const struct ffs_argv *argv, const struct ffs_argv *env, struct ffs_error *err)
+int ffs_child_spawn(
+	struct ffs_child *c, const struct ffs_argv *argv, const struct ffs_argv *env, struct ffs_error *err)
 {
 	_cleanup_free_ char **environment = make_environment(env);
 	posix_spawn_file_actions_t fa;
@@ -249,7 +253,8 @@ static void how_ended(struct ffs_child *c, char out[80])
 		return;
 	c->pid = 0;
 	if (WIFSIGNALED(status))
-		snprintf(out, 80, "it was ended by signal %d (%s)%s", WTERMSIG(status), strsignal(WTERMSIG(status)),
+		snprintf(out, 80, "it was ended by signal %d (%s)%s", WTERMSIG(status),
+			strsignal(WTERMSIG(status)),
 			WTERMSIG(status) == SIGBUS ? ": its memory could not be read any more" : "");
 	else
 		snprintf(out, 80, "it ended with exit code %d", WEXITSTATUS(status));

@@ -154,7 +154,8 @@ static int take_line(char *line, struct ffs_restore_conf *c, char kind[32], stru
 			return ffs_error_set(err, EINVAL, "env is NAME=VALUE, not '%.100s'", value);
 		ffs_argv_add(&c->env, value);
 	} else {
-		return ffs_error_set(err, EINVAL, "there is no key '%.60s': kind, binary, jailer, arg, env", key);
+		return ffs_error_set(
+			err, EINVAL, "there is no key '%.60s': kind, binary, jailer, arg, env", key);
 	}
 	return 0;
 }
@@ -168,8 +169,9 @@ static int check_owner(const char *path, struct ffs_error *err)
 		return ffs_error_errno(err, errno, "%s", path);
 	if ((st.st_uid != 0 && st.st_uid != geteuid()) || (st.st_mode & 022))
 		return ffs_error_set(err, EPERM,
-			"%s can be written by others (owner %u, mode %o): let it be root's or yours, chmod go-w", path,
-			(unsigned)st.st_uid, (unsigned)st.st_mode & 07777);
+			"%s can be written by others (owner %u, mode %o): let it be root's or yours, chmod "
+			"go-w",
+			path, (unsigned)st.st_uid, (unsigned)st.st_mode & 07777);
 	return 0;
 }
 
@@ -202,7 +204,8 @@ static int read_conf(const char *path, struct ffs_restore_conf *out, char kind[3
 	else if (r < 0)
 		ffs_error_set(err, EINVAL, "%s, line %u: %s", path, number, why.text);
 	else if (!kind[0])
-		r = ffs_error_set(err, EINVAL, "%s does not say which kind of VMM it is for (kind = qemu)", path);
+		r = ffs_error_set(
+			err, EINVAL, "%s does not say which kind of VMM it is for (kind = qemu)", path);
 	if (r < 0)
 		ffs_restore_conf_free(&c);
 	else
@@ -217,7 +220,8 @@ static int conf_name(const struct dirent *d)
 	return d->d_name[0] != '.' && n > 5 && !strcmp(d->d_name + n - 5, ".conf");
 }
 
-int ffs_restore_conf_read(const char *path, const char *kind, struct ffs_restore_conf *out, struct ffs_error *err)
+int ffs_restore_conf_read(
+	const char *path, const char *kind, struct ffs_restore_conf *out, struct ffs_error *err)
 {
 	struct dirent **list = NULL;
 	char found[32] = "";
@@ -227,8 +231,8 @@ int ffs_restore_conf_read(const char *path, const char *kind, struct ffs_restore
 		r = read_conf(path, out, found, err);
 		if (!r && strcmp(found, kind)) {
 			ffs_restore_conf_free(out);
-			r = ffs_error_set(err, EINVAL, "%s is for VMMs of the kind %s; the branch is of a %s", path,
-				found, kind);
+			r = ffs_error_set(err, EINVAL, "%s is for VMMs of the kind %s; the branch is of a %s",
+				path, found, kind);
 		}
 		return r;
 	}

@@ -50,7 +50,8 @@ static bool is_path_of_drive(struct ffs_restore *r, const char *path)
 static const char *disk_of(struct ffs_restore *r, const char *file)
 {
 	struct json_object *disks = ffs_json_get(r->status, "disks");
-	size_t n = json_object_is_type(disks, json_type_array) ? json_object_array_length(disks) : 0, part = strlen(file);
+	size_t n = json_object_is_type(disks, json_type_array) ? json_object_array_length(disks) : 0,
+	       part = strlen(file);
 	const char *found = NULL;
 	unsigned ends = 0;
 
@@ -63,8 +64,8 @@ static const char *disk_of(struct ffs_restore *r, const char *file)
 			continue;
 		if (!strcmp(path, file))
 			return id;
-		if (whole > part && (file[0] == '/' || path[whole - part - 1] == '/') && !strcmp(path + whole - part, file) &&
-			!is_path_of_drive(r, path)) {
+		if (whole > part && (file[0] == '/' || path[whole - part - 1] == '/') &&
+			!strcmp(path + whole - part, file) && !is_path_of_drive(r, path)) {
 			found = id;
 			ends++;
 		}
@@ -72,7 +73,8 @@ static const char *disk_of(struct ffs_restore *r, const char *file)
 	return ends == 1 ? found : NULL;
 }
 
-static int plan_drive(struct ffs_restore *r, struct json_object *drive, struct ffs_drives *d, struct ffs_error *err)
+static int plan_drive(
+	struct ffs_restore *r, struct json_object *drive, struct ffs_drives *d, struct ffs_error *err)
 {
 	const char *id = ffs_json_string(drive, "id"), *path = ffs_json_string(drive, "path");
 	const char *pattern = said_of(&r->drives, id), *disk;
@@ -85,20 +87,24 @@ static int plan_drive(struct ffs_restore *r, struct json_object *drive, struct f
 	if (ffs_check_name("drive", id, err) < 0)
 		return -EINVAL;
 	if (d->n == FFS_DRIVES_MAX)
-		return ffs_error_set(err, ENOTSUP, "the branched VM has more than %d writable drives", FFS_DRIVES_MAX);
+		return ffs_error_set(
+			err, ENOTSUP, "the branched VM has more than %d writable drives", FFS_DRIVES_MAX);
 	disk = pattern ? "" : disk_of(r, path);
 	if (!disk && out->read_only)
 		return ffs_error_set(err, ENOTSUP,
-			"drive %s (%.120s) of the VM of branch %s is not among the disks of the branch, and no other file is in a jail: name "
+			"drive %s (%.120s) of the VM of branch %s is not among the disks of the branch, and "
+			"no other file is in a jail: name "
 			"it at attach (--disk %s=%.120s), or give the child one by --drive %s=PATH",
 			id, path, r->target.branch, id, path, id);
 	if (!disk)
 		return ffs_error_set(err, ENOTSUP,
-			"the VM of branch %s writes its drive %s (%.120s), which is not among the disks of the branch: name it at attach "
+			"the VM of branch %s writes its drive %s (%.120s), which is not among the disks of "
+			"the branch: name it at attach "
 			"(--disk %s=%.120s), or give the child another by --drive %s=PATH",
 			r->target.branch, id, path, id, path, id);
 	if (d->jailed && !ffs_jail_is_name(path))
-		return ffs_error_set(err, EINVAL, "drive %s of branch %s has a name that no file of a jail can have: %.120s", id,
+		return ffs_error_set(err, EINVAL,
+			"drive %s of branch %s has a name that no file of a jail can have: %.120s", id,
 			r->target.branch, path);
 	out->path = path;
 	snprintf(out->id, sizeof(out->id), "%s", id);
@@ -115,7 +121,8 @@ static int check_words(const struct ffs_words *words, const char *option, struct
 		char name[65];
 
 		if (ffs_disk_parse(words->word[i], name, &value, NULL) < 0)
-			return ffs_error_set(err, EINVAL, "--%s is ID=VALUE, not '%.100s'", option, words->word[i]);
+			return ffs_error_set(
+				err, EINVAL, "--%s is ID=VALUE, not '%.100s'", option, words->word[i]);
 	}
 	return 0;
 }
@@ -133,7 +140,8 @@ static int check_used(struct ffs_restore *r, const struct ffs_drives *d, struct 
 		for (unsigned k = 0; k < d->n; k++)
 			used = used || !strcmp(d->drive[k].id, name);
 		if (!used)
-			return ffs_error_set(err, EINVAL, "--drive %s: the VM of branch %s has no such drive", name, r->target.branch);
+			return ffs_error_set(err, EINVAL, "--drive %s: the VM of branch %s has no such drive",
+				name, r->target.branch);
 	}
 	return 0;
 }
@@ -156,7 +164,8 @@ int ffs_drives_plan(struct ffs_restore *r, struct ffs_drives *d, struct ffs_erro
 	/* of an older forkfs, or more than it lists */
 	if (!got && seen != writable)
 		got = ffs_error_set(err, ENOTSUP,
-			"the VM of branch %s has %llu writable drives, of which its manifest names %llu: load the branch by hand",
+			"the VM of branch %s has %llu writable drives, of which its manifest names %llu: "
+			"load the branch by hand",
 			r->target.branch, (unsigned long long)writable, (unsigned long long)seen);
 	return got ? got : check_used(r, d, err);
 }
@@ -171,7 +180,9 @@ static int copy_data(int from, int to, uint64_t size, const char *what, struct f
 	snprintf(file, sizeof(file), "a copy of disk %s", what);
 	snprintf(read, sizeof(read), "disk %s of the branch cannot be read", what);
 	snprintf(write, sizeof(write),
-		"a copy of disk %s cannot be written (another place for it by --dir, another disk by --drive)", what);
+		"a copy of disk %s cannot be written (another place for it by --dir, another disk by "
+		"--drive)",
+		what);
 	return ffs_copy_sparse(from, to, size, STEP, &words, err);
 }
 
@@ -180,7 +191,8 @@ static void name_copy(const struct ffs_drive *d, const struct ffs_child *c, char
 	snprintf(path, 200, "%s/drive-%s", c->dir, d->id);
 }
 
-int ffs_drives_copy(struct ffs_restore *r, const struct ffs_drives *d, struct ffs_child *c, struct ffs_error *err)
+int ffs_drives_copy(
+	struct ffs_restore *r, const struct ffs_drives *d, struct ffs_child *c, struct ffs_error *err)
 {
 	int got = 0;
 
@@ -218,8 +230,8 @@ static char *expand(const char *pattern, const struct ffs_child *c)
 	return ffs_restore_expand(pattern, words, FFS_ARRAY_LEN(words));
 }
 
-int ffs_drives_bind(const struct ffs_drives *d, const struct ffs_child *c, struct ffs_jail_bind *bind, unsigned *n,
-	struct ffs_error *err)
+int ffs_drives_bind(const struct ffs_drives *d, const struct ffs_child *c, struct ffs_jail_bind *bind,
+	unsigned *n, struct ffs_error *err)
 {
 	for (unsigned i = 0; i < d->n; i++) {
 		char *file = d->drive[i].pattern ? expand(d->drive[i].pattern, c) : NULL;
@@ -228,13 +240,17 @@ int ffs_drives_bind(const struct ffs_drives *d, const struct ffs_child *c, struc
 			continue;
 		if (!file)
 			return ffs_error_set(err, ENOMEM, "no memory for a path");
-		bind[(*n)++] = (struct ffs_jail_bind){
-			.ns = -1, .fd = -1, .file = file, .inside = d->drive[i].path, .read_only = d->drive[i].read_only};
+		bind[(*n)++] = (struct ffs_jail_bind){.ns = -1,
+			.fd = -1,
+			.file = file,
+			.inside = d->drive[i].path,
+			.read_only = d->drive[i].read_only};
 	}
 	return 0;
 }
 
-int ffs_drives_patch(struct ffs_restore *r, const struct ffs_drives *d, struct ffs_child *c, struct ffs_error *err)
+int ffs_drives_patch(
+	struct ffs_restore *r, const struct ffs_drives *d, struct ffs_child *c, struct ffs_error *err)
 {
 	int got = 0;
 
@@ -251,14 +267,16 @@ int ffs_drives_patch(struct ffs_restore *r, const struct ffs_drives *d, struct f
 		got = drive->pattern && !given
 			      ? ffs_error_set(err, ENOMEM, "no memory for a path")
 			      : ffs_restore_api_call(c, "PATCH", request,
-					json_object_to_json_string_ext(body, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE), NULL,
-					err);
+					json_object_to_json_string_ext(body,
+						JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE),
+					NULL, err);
 		json_object_put(body);
 	}
 	return got;
 }
 
-int ffs_nets_add(const struct ffs_restore *r, const struct ffs_child *c, struct json_object *body, struct ffs_error *err)
+int ffs_nets_add(const struct ffs_restore *r, const struct ffs_child *c, struct json_object *body,
+	struct ffs_error *err)
 {
 	struct json_object *list;
 

@@ -159,7 +159,8 @@ static void end(struct ffs_restore *r)
 /* ---- one child ---- */
 
 /* The jailer starts it: what it needs is put into its jail. */
-static int jailed_command(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
+static int jailed_command(
+	struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
 {
 	const struct plan *p = r->plan;
 	char path[160];
@@ -217,7 +218,8 @@ static int add_vsock(struct ffs_child *c, struct json_object *body, struct ffs_e
 }
 
 /* The body of PUT /snapshot/load. */
-static int load_request(struct ffs_restore *r, struct ffs_child *c, struct json_object *body, struct ffs_error *err)
+static int load_request(
+	struct ffs_restore *r, struct ffs_child *c, struct json_object *body, struct ffs_error *err)
 {
 	struct json_object *backend = json_object_new_object();
 	struct plan *p = r->plan;
@@ -283,7 +285,9 @@ static int load(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *er
 		got = load_request(r, c, body, err);
 	if (!got)
 		got = ffs_restore_api_call(c, "PUT", "/snapshot/load",
-			json_object_to_json_string_ext(body, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE), NULL, err);
+			json_object_to_json_string_ext(
+				body, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE),
+			NULL, err);
 	json_object_put(body);
 	return got ? got : ffs_drives_patch(r, &p->drives, c, err);
 }

@@ -27,18 +27,20 @@ struct ffs_restore_page {
 	uint8_t byte[FFS_MAILBOX_PAGE];
 };
 
-static int read_page(const struct ffs_restore *r, int memory, struct json_object *offset, struct ffs_restore_page *p,
-	struct ffs_error *err)
+static int read_page(const struct ffs_restore *r, int memory, struct json_object *offset,
+	struct ffs_restore_page *p, struct ffs_error *err)
 {
 	ssize_t n;
 
 	p->offset = json_object_is_type(offset, json_type_int) ? json_object_get_uint64(offset) : UINT64_MAX;
-	if (p->offset % FFS_MAILBOX_PAGE || p->offset >= r->memory_size || r->memory_size - p->offset < FFS_MAILBOX_PAGE)
-		return ffs_error_set(err, EPROTO, "the status of fork %s names a page outside the branch's memory", r->target.fork);
+	if (p->offset % FFS_MAILBOX_PAGE || p->offset >= r->memory_size ||
+		r->memory_size - p->offset < FFS_MAILBOX_PAGE)
+		return ffs_error_set(err, EPROTO,
+			"the status of fork %s names a page outside the branch's memory", r->target.fork);
 	n = ffs_pread_full(memory, p->byte, FFS_MAILBOX_PAGE, p->offset);
 	if (n != FFS_MAILBOX_PAGE)
-		return ffs_error_errno(
-			err, n < 0 ? (int)-n : EIO, "page 0x%" PRIx64 " of fork %s", p->offset, r->target.fork);
+		return ffs_error_errno(err, n < 0 ? (int)-n : EIO, "page 0x%" PRIx64 " of fork %s", p->offset,
+			r->target.fork);
 	return 0;
 }
 
@@ -51,7 +53,8 @@ int ffs_restore_fork_read(struct ffs_restore *r, struct ffs_error *err)
 	int got = 0;
 
 	snprintf(file, sizeof(file), "forks/%s/memory.bin", r->target.fork);
-	snprintf(path, sizeof(path), "%s/branches/%s/forks/%s/status", r->target.sandbox, r->target.branch, r->target.fork);
+	snprintf(path, sizeof(path), "%s/branches/%s/forks/%s/status", r->target.sandbox, r->target.branch,
+		r->target.fork);
 	/* from this open on the fork never changes: its pages are asked for afterwards */
 	memory = ffs_restore_open(r, file, err);
 	if (memory < 0)
@@ -63,15 +66,18 @@ int ffs_restore_fork_read(struct ffs_restore *r, struct ffs_error *err)
 	n = json_object_is_type(pages, json_type_array) ? json_object_array_length(pages) : 0;
 	/* another branch may have got the name since its status was read */
 	if (strcmp(ffs_json_string(status, "branch_id"), ffs_json_string(r->status, "id")))
-		got = ffs_error_set(err, ESTALE, "branch %s was removed, and another made in its place: try again", r->target.branch);
+		got = ffs_error_set(err, ESTALE,
+			"branch %s was removed, and another made in its place: try again", r->target.branch);
 	else if (!json_object_is_type(pages, json_type_array) || n > FFS_MAILBOX_MAX)
-		got = ffs_error_set(err, EPROTO, "the status of fork %s does not say which pages are its own", r->target.fork);
+		got = ffs_error_set(err, EPROTO, "the status of fork %s does not say which pages are its own",
+			r->target.fork);
 	if (!got)
 		got = ffs_restore_ack_read(r, status, err);
 	if (!got) {
 		r->page = calloc(n ? n : 1, sizeof(*r->page));
 		if (!r->page)
-			got = ffs_error_set(err, ENOMEM, "no memory for the pages of fork %s", r->target.fork);
+			got = ffs_error_set(
+				err, ENOMEM, "no memory for the pages of fork %s", r->target.fork);
 	}
 	for (size_t i = 0; !got && i < n; i++)
 		got = read_page(r, memory, json_object_array_get_idx(pages, i), &r->page[r->n_pages++], err);
@@ -80,8 +86,8 @@ int ffs_restore_fork_read(struct ffs_restore *r, struct ffs_error *err)
 }
 
 /* Where the child has the page: in one private mapping of the image that it may write, and in no other. */
-static int find_page(const struct ffs_vma *vma, unsigned n, const struct stat *image, uint64_t offset, uint64_t *at,
-	struct ffs_error *err)
+static int find_page(const struct ffs_vma *vma, unsigned n, const struct stat *image, uint64_t offset,
+	uint64_t *at, struct ffs_error *err)
 {
 	unsigned found = 0;
 
@@ -93,20 +99,22 @@ static int find_page(const struct ffs_vma *vma, unsigned n, const struct stat *i
 			continue;
 		if (v->shared || !v->write)
 			return ffs_error_set(err, EPERM,
-				"the VMM has not mapped the branch privately and for writing, so a fork's payload cannot go there");
+				"the VMM has not mapped the branch privately and for writing, so a fork's "
+				"payload cannot go there");
 		*at = v->start + (offset - v->offset);
 		found++;
 	}
 	if (found == 1)
 		return 0;
 	return ffs_error_set(err, found ? ENOTUNIQ : ENOENT,
-		"the VMM has mapped page 0x%" PRIx64 " of the branch %s: a fork's payload cannot be put there "
+		"the VMM has mapped page 0x%" PRIx64
+		" of the branch %s: a fork's payload cannot be put there "
 		"(start such a VM by hand, from the fork's memory.bin)",
 		offset, found ? "more than once" : "nowhere");
 }
 
-static int put_page(const struct ffs_restore *r, const struct ffs_child *c, const struct ffs_restore_page *p, uint64_t at,
-	struct ffs_error *err)
+static int put_page(const struct ffs_restore *r, const struct ffs_child *c, const struct ffs_restore_page *p,
+	uint64_t at, struct ffs_error *err)
 {
 	uint8_t own[FFS_MAILBOX_PAGE];
 	uint8_t back[FFS_MAILBOX_PAGE];
@@ -124,11 +132,11 @@ static int put_page(const struct ffs_restore *r, const struct ffs_child *c, cons
 	if (n == FFS_MAILBOX_PAGE)
 		n = process_vm_readv(c->pid, &read, 1, &theirs, 1, 0);
 	if (n != FFS_MAILBOX_PAGE)
-		return ffs_error_errno(
-			err, n < 0 ? errno : EFAULT, "page 0x%" PRIx64 " cannot be written into the VM", p->offset);
+		return ffs_error_errno(err, n < 0 ? errno : EFAULT,
+			"page 0x%" PRIx64 " cannot be written into the VM", p->offset);
 	if (memcmp(back, own, sizeof(back)))
-		return ffs_error_set(
-			err, EIO, "page 0x%" PRIx64 " was written into the VM, and is not what was written", p->offset);
+		return ffs_error_set(err, EIO,
+			"page 0x%" PRIx64 " was written into the VM, and is not what was written", p->offset);
 	return 0;
 }
 

@@ -33,7 +33,8 @@ bool ffs_restore_is_image(const struct ffs_restore *r)
 	return is;
 }
 
-int ffs_copy_sparse(int from, int to, uint64_t size, size_t step, const struct ffs_sparse_words *words, struct ffs_error *err)
+int ffs_copy_sparse(int from, int to, uint64_t size, size_t step, const struct ffs_sparse_words *words,
+	struct ffs_error *err)
 {
 	_cleanup_free_ char *buf = malloc(step);
 
@@ -56,7 +57,8 @@ int ffs_copy_sparse(int from, int to, uint64_t size, size_t step, const struct f
 /* All of `from`, with holes where it is zero, in a file that nobody can change. */
 static int load(int from, uint64_t size, int *out, struct ffs_error *err)
 {
-	_cleanup_close_ int fd = memfd_create("forkfs-children", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
+	_cleanup_close_ int fd =
+		memfd_create("forkfs-children", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
 	static const struct ffs_sparse_words words = {.file = "a file in memory for the branch",
 		.read = "the branch's memory cannot be read",
 		.write = "the branch cannot be loaded into memory"};

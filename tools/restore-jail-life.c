@@ -62,7 +62,9 @@ int ffs_jail_started(const struct ffs_jails *j, struct ffs_child *c, struct ffs_
 		return ffs_error_errno(err, errno, "the end of the jailer");
 	c->pid = pid;
 	/* in one step: a signal may just now end whom it names */
-	return dup3(pidfd, c->pidfd, O_CLOEXEC) < 0 ? ffs_error_errno(err, errno, "a descriptor of process %d", (int)pid) : 0;
+	return dup3(pidfd, c->pidfd, O_CLOEXEC) < 0
+		       ? ffs_error_errno(err, errno, "a descriptor of process %d", (int)pid)
+		       : 0;
 }
 
 /* ---- what is mounted there ---- */
@@ -85,8 +87,9 @@ static void *go(void *arg)
 {
 	struct visit *v = arg;
 
-	v->code = unshare(CLONE_FS) < 0 ? ffs_error_errno(&v->err, errno, "a thread with a root directory of its own")
-					: v->work(v, &v->err);
+	v->code = unshare(CLONE_FS) < 0
+			  ? ffs_error_errno(&v->err, errno, "a thread with a root directory of its own")
+			  : v->work(v, &v->err);
 	return NULL;
 }
 
@@ -117,8 +120,10 @@ static int show(const struct ffs_jail_bind *b, int jail, struct ffs_error *err)
 		return ffs_error_errno(err, errno, "%.200s cannot be made read-only in a jail", b->file);
 	/* from here on names are those of the jail */
 	snprintf(inside, sizeof(inside), "/%s", b->inside + (b->inside[0] == '/'));
-	if (setns(jail, CLONE_NEWNS) < 0 || move_mount(tree, "", AT_FDCWD, inside, MOVE_MOUNT_F_EMPTY_PATH) < 0)
-		return ffs_error_errno(err, errno, "%.200s cannot be mounted at %.200s in a jail", b->file, inside);
+	if (setns(jail, CLONE_NEWNS) < 0 ||
+		move_mount(tree, "", AT_FDCWD, inside, MOVE_MOUNT_F_EMPTY_PATH) < 0)
+		return ffs_error_errno(
+			err, errno, "%.200s cannot be mounted at %.200s in a jail", b->file, inside);
 	return 0;
 }
 
@@ -127,7 +132,8 @@ static int show_one(struct visit *v, struct ffs_error *err)
 	return show(v->bind, v->jail, err);
 }
 
-int ffs_jail_bind(const struct ffs_child *c, const struct ffs_jail_bind *bind, unsigned n, struct ffs_error *err)
+int ffs_jail_bind(
+	const struct ffs_child *c, const struct ffs_jail_bind *bind, unsigned n, struct ffs_error *err)
 {
 	_cleanup_close_ int jail = -1;
 	char path[64];
@@ -149,7 +155,8 @@ int ffs_jail_bind(const struct ffs_child *c, const struct ffs_jail_bind *bind, u
 
 static int mount_tmpfs(struct ffs_error *err)
 {
-	static const char *const options[][2] = {{"source", "forkfs"}, {"size", "0"}, {"nr_inodes", "0"}, {"mode", "0700"}};
+	static const char *const options[][2] = {
+		{"source", "forkfs"}, {"size", "0"}, {"nr_inodes", "0"}, {"mode", "0700"}};
 	_cleanup_close_ int fs = fsopen("tmpfs", FSOPEN_CLOEXEC);
 	int mount = -1;
 
@@ -157,7 +164,8 @@ static int mount_tmpfs(struct ffs_error *err)
 		if (fsconfig(fs, FSCONFIG_SET_STRING, options[i][0], options[i][1], 0) < 0)
 			return ffs_error_errno(err, errno, "a tmpfs of one's own");
 	if (fs >= 0 && fsconfig(fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0) == 0)
-		mount = fsmount(fs, FSMOUNT_CLOEXEC, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC);
+		mount = fsmount(
+			fs, FSMOUNT_CLOEXEC, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC);
 	return mount < 0 ? ffs_error_errno(err, errno, "a tmpfs of one's own") : mount;
 }
 
@@ -173,7 +181,8 @@ static int make_shared(struct visit *v, struct ffs_error *err)
 	if (tree < 0)
 		return tree;
 	if (move_mount(tree, "", AT_FDCWD, v->at, MOVE_MOUNT_F_EMPTY_PATH) < 0)
-		return ffs_error_errno(err, errno, "a tmpfs cannot be mounted at %.200s, in a namespace of its own", v->at);
+		return ffs_error_errno(
+			err, errno, "a tmpfs cannot be mounted at %.200s, in a namespace of its own", v->at);
 	fd = openat(tree, FFS_JAIL_MEMORY, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
 	if (fd < 0 || fchmod(fd, v->mode) < 0)
 		return ffs_error_errno(err, errno, "a file in a tmpfs");
@@ -204,7 +213,8 @@ static void end_all(const struct stat *root)
 
 	while (proc && (d = readdir(proc))) {
 		pid_t pid = (pid_t)atoi(d->d_name);
-		_cleanup_close_ int pidfd = pid > 0 && is_in_jail(pid, root) ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
+		_cleanup_close_ int pidfd =
+			pid > 0 && is_in_jail(pid, root) ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
 		const struct ffs_child in_jail = {.pid = pid, .pidfd = pidfd};
 
 		/* looked at again: the number may have become another's before it had a descriptor */

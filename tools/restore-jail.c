@@ -67,12 +67,17 @@ static int check_words(const struct ffs_jails *j, struct ffs_error *err)
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(ours); i++)
 		if (has(&j->own, ours[i]))
 			return ffs_error_set(err, EINVAL,
-				"%s cannot be given to the jailer: forkfs names each jail and its program, and waits for it", ours[i]);
+				"%s cannot be given to the jailer: forkfs names each jail and its program, "
+				"and waits for it",
+				ours[i]);
 	if (has(&j->vmm, "--api-sock") || has(&j->vmm, "--no-api"))
-		return ffs_error_set(err, EINVAL, "the API socket of each child is forkfs's to name: leave --api-sock and --no-api out");
+		return ffs_error_set(err, EINVAL,
+			"the API socket of each child is forkfs's to name: leave --api-sock and --no-api "
+			"out");
 	if (!j->uid || !j->gid)
 		return ffs_error_set(err, EINVAL,
-			"as which user does the jailer start the children? Give its own options after --: --uid UID --gid GID");
+			"as which user does the jailer start the children? Give its own options after --: "
+			"--uid UID --gid GID");
 	return 0;
 }
 
@@ -86,13 +91,15 @@ static int check_base(struct ffs_jails *j, struct ffs_error *err)
 		base = BASE_DEFAULT;
 	j->base = realpath(base, NULL);
 	if (!j->base)
-		return ffs_error_errno(err, errno, "%s, where the jails are made (another by --chroot-base-dir)", base);
+		return ffs_error_errno(
+			err, errno, "%s, where the jails are made (another by --chroot-base-dir)", base);
 	if (statvfs(j->base, &fs) < 0)
 		return ffs_error_errno(err, errno, "%s", j->base);
 	if (fs.f_flag & (ST_NODEV | ST_NOEXEC))
 		return ffs_error_set(err, EACCES,
-			"%s is mounted %s, and a jail has /dev/kvm and a program: name another directory by --chroot-base-dir", j->base,
-			fs.f_flag & ST_NODEV ? "nodev" : "noexec");
+			"%s is mounted %s, and a jail has /dev/kvm and a program: name another directory by "
+			"--chroot-base-dir",
+			j->base, fs.f_flag & ST_NODEV ? "nodev" : "noexec");
 	return 0;
 }
 
@@ -113,7 +120,8 @@ int ffs_jails_plan(struct ffs_restore *r, struct ffs_jails *j, struct ffs_error 
 	j->cgroup = has(&j->own, "--cgroup");
 	got = check_words(j, err);
 	if (!got && geteuid() != 0)
-		got = ffs_error_set(err, EPERM, "only root can make jails: run the command as root, or without --jailer");
+		got = ffs_error_set(
+			err, EPERM, "only root can make jails: run the command as root, or without --jailer");
 	if (!got)
 		got = check_base(j, err);
 	if (got < 0)
@@ -168,7 +176,8 @@ static char *expand(const char *pattern, const struct ffs_child *c)
 	return ffs_restore_expand(pattern, words, FFS_ARRAY_LEN(words));
 }
 
-static int add_words(const struct ffs_argv *words, const struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
+static int add_words(
+	const struct ffs_argv *words, const struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
 {
 	for (unsigned i = 0; i < words->n; i++) {
 		_cleanup_free_ char *word = expand(words->word[i], c);
@@ -180,8 +189,8 @@ static int add_words(const struct ffs_argv *words, const struct ffs_child *c, st
 	return 0;
 }
 
-int ffs_jail_command(const struct ffs_restore *r, const struct ffs_jails *j, const struct ffs_child *c, struct ffs_argv *out,
-	struct ffs_error *err)
+int ffs_jail_command(const struct ffs_restore *r, const struct ffs_jails *j, const struct ffs_child *c,
+	struct ffs_argv *out, struct ffs_error *err)
 {
 	char id[65];
 	int got;
@@ -197,12 +206,14 @@ int ffs_jail_command(const struct ffs_restore *r, const struct ffs_jails *j, con
 	return got;
 }
 
-int ffs_jail_vmm_words(const struct ffs_jails *j, const struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
+int ffs_jail_vmm_words(
+	const struct ffs_jails *j, const struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err)
 {
 	return add_words(&j->vmm, c, out, err);
 }
 
-static int number_of(const char *pattern, const struct ffs_child *c, const char *option, unsigned *out, struct ffs_error *err)
+static int number_of(const char *pattern, const struct ffs_child *c, const char *option, unsigned *out,
+	struct ffs_error *err)
 {
 	_cleanup_free_ char *text = expand(pattern, c);
 	unsigned long n;
@@ -237,7 +248,8 @@ int ffs_jails_owner(const struct ffs_jails *j, unsigned *uid, unsigned *gid, str
 	*uid = first.uid;
 	*gid = first.gid;
 	if (first.uid != second.uid || first.gid != second.gid)
-		return ffs_error_set(err, EINVAL, "the children are of different users: one file cannot be lent to all of them");
+		return ffs_error_set(err, EINVAL,
+			"the children are of different users: one file cannot be lent to all of them");
 	return 0;
 }
 
@@ -278,9 +290,10 @@ int ffs_jails_image(struct ffs_restore *r, struct ffs_jails *j, struct ffs_error
 	r->memory_fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (r->memory_fd < 0)
 		return ffs_error_errno(err, errno, "%s", words.file);
-	ffs_restore_note(r,
-		"the branch was loaded into memory, once for the children of this command: a jail's user gets the branch's own image "
-		"where forkfs is mounted with allow_other and the sandbox is lent to that user (attach --owner)");
+	ffs_restore_note(r, "the branch was loaded into memory, once for the children of this command: a "
+			    "jail's user gets the branch's own image "
+			    "where forkfs is mounted with allow_other and the sandbox is lent to that user "
+			    "(attach --owner)");
 	return 0;
 }
 
@@ -301,7 +314,8 @@ bool ffs_jail_is_name(const char *inside)
 	}
 }
 
-int ffs_jail_create(const struct ffs_child *c, const char *inside, bool read_only, int *fd, struct ffs_error *err)
+int ffs_jail_create(
+	const struct ffs_child *c, const char *inside, bool read_only, int *fd, struct ffs_error *err)
 {
 	_cleanup_free_ char *path = NULL;
 	size_t root = strlen(c->jail);
@@ -316,7 +330,8 @@ int ffs_jail_create(const struct ffs_child *c, const char *inside, bool read_onl
 			return ffs_error_errno(err, errno, "%s", path);
 		*p = '/';
 	}
-	_cleanup_close_ int own = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, read_only ? 0400 : 0600);
+	_cleanup_close_ int own =
+		open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, read_only ? 0400 : 0600);
 
 	if (own < 0 || fchown(own, c->uid, c->gid) < 0)
 		return ffs_error_errno(err, errno, "%s", path);
@@ -324,7 +339,8 @@ int ffs_jail_create(const struct ffs_child *c, const char *inside, bool read_onl
 	return 0;
 }
 
-static int make_directories(const struct ffs_jails *j, const char *id, struct ffs_child *c, struct ffs_error *err)
+static int make_directories(
+	const struct ffs_jails *j, const char *id, struct ffs_child *c, struct ffs_error *err)
 {
 	const char *group = j->parent_cgroup ? j->parent_cgroup : j->name;
 	char path[sizeof(c->jail)], parent[sizeof(c->jail)], cgroup[sizeof(c->cgroup)];
@@ -332,10 +348,13 @@ static int make_directories(const struct ffs_jails *j, const char *id, struct ff
 	/* a socket's name has 107 bytes at most */
 	if ((size_t)snprintf(path, sizeof(path), "%s/%s/%s/root", j->base, j->name, id) >= sizeof(path))
 		return ffs_error_set(err, ENAMETOOLONG,
-			"%s/%s is too long a directory for jails with sockets: name another by --chroot-base-dir", j->base, j->name);
+			"%s/%s is too long a directory for jails with sockets: name another by "
+			"--chroot-base-dir",
+			j->base, j->name);
 	/* a part of it would be another's, or left behind */
 	if ((size_t)snprintf(cgroup, sizeof(cgroup), "%s/%s", group, id) >= sizeof(cgroup))
-		return ffs_error_set(err, ENAMETOOLONG, "%.300s is too long a name of a cgroup: name another by --parent-cgroup", group);
+		return ffs_error_set(err, ENAMETOOLONG,
+			"%.300s is too long a name of a cgroup: name another by --parent-cgroup", group);
 	snprintf(parent, sizeof(parent), "%s/%s", j->base, j->name);
 	if (mkdir(parent, 0755) < 0 && errno != EEXIST)
 		return ffs_error_errno(err, errno, "%s", parent);
@@ -367,7 +386,8 @@ static int copy_vmstate(struct ffs_restore *r, struct ffs_child *c, struct ffs_e
 	return got ? got : ffs_copy_sparse(from, to, (uint64_t)st.st_size, 4096, &words, err);
 }
 
-int ffs_jail_make(struct ffs_restore *r, const struct ffs_jails *j, struct ffs_child *c, struct ffs_error *err)
+int ffs_jail_make(
+	struct ffs_restore *r, const struct ffs_jails *j, struct ffs_child *c, struct ffs_error *err)
 {
 	static const char *const mounted[] = {FFS_JAIL_MEMORY, FFS_JAIL_PAGER};
 	char id[65];

@@ -14,7 +14,8 @@
 
 struct ffs_jails {
 	bool on;
-	struct ffs_argv own, vmm;  /* the jailer's words, and those that it passes on; {number} is not replaced yet */
+	struct ffs_argv own,
+		vmm; /* the jailer's words, and those that it passes on; {number} is not replaced yet */
 	const char *uid, *gid;     /* among them */
 	const char *parent_cgroup; /* among them; NULL: none */
 	char *base;                /* --chroot-base-dir, without links */
@@ -44,20 +45,24 @@ int ffs_jails_owner(const struct ffs_jails *j, unsigned *uid, unsigned *gid, str
 int ffs_jails_image(struct ffs_restore *r, struct ffs_jails *j, struct ffs_error *err);
 
 /* The child's jail, with the vmstate in it; c->jail is its root from then on. Any thread. */
-int ffs_jail_make(struct ffs_restore *r, const struct ffs_jails *j, struct ffs_child *c, struct ffs_error *err);
+int ffs_jail_make(
+	struct ffs_restore *r, const struct ffs_jails *j, struct ffs_child *c, struct ffs_error *err);
 /* An empty file of the child's user in its jail, opened for writing. `inside` was checked by ffs_jail_is_name(). */
-int ffs_jail_create(const struct ffs_child *c, const char *inside, bool read_only, int *fd, struct ffs_error *err);
+int ffs_jail_create(
+	const struct ffs_child *c, const char *inside, bool read_only, int *fd, struct ffs_error *err);
 /* Can a file of a jail have that name? */
 bool ffs_jail_is_name(const char *inside);
 /* The command line, up to and without what is Firecracker's own. */
-int ffs_jail_command(const struct ffs_restore *r, const struct ffs_jails *j, const struct ffs_child *c, struct ffs_argv *out,
-	struct ffs_error *err);
+int ffs_jail_command(const struct ffs_restore *r, const struct ffs_jails *j, const struct ffs_child *c,
+	struct ffs_argv *out, struct ffs_error *err);
 /* Add Firecracker's words, and those of the caller for it. */
-int ffs_jail_vmm_words(const struct ffs_jails *j, const struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err);
+int ffs_jail_vmm_words(
+	const struct ffs_jails *j, const struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err);
 /* The child was started: with a pid namespace of its own the VM is another process than the jailer, which ends. */
 int ffs_jail_started(const struct ffs_jails *j, struct ffs_child *c, struct ffs_error *err);
 /* A file of `mode` in memory that has a name, for that is what can be mounted elsewhere: in a mount namespace of its own, which
  * goes with *ns. Below the directory `at`, which any will do for. */
 int ffs_jail_shared_file(const char *at, mode_t mode, int *fd, int *ns, struct ffs_error *err);
 /* Its VM listens, hence is in its jail: let it see those files. */
-int ffs_jail_bind(const struct ffs_child *c, const struct ffs_jail_bind *bind, unsigned n, struct ffs_error *err);
+int ffs_jail_bind(
+	const struct ffs_child *c, const struct ffs_jail_bind *bind, unsigned n, struct ffs_error *err);

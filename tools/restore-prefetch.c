@@ -35,9 +35,9 @@ struct ffs_restore_set {
 	char *path;
 	struct ffs_working_set set; /* as it was read; none with --no-prefetch */
 	atomic_bool taken;          /* there is a first child, which is asked */
-	pid_t pid;                  /* of it, from when it is ready; not reaped by us, so the number is its own */
-	uint64_t until_ns;          /* when its start is over */
-	uint64_t *map;              /* what it has touched, a bit for each FFS_WORKING_SET_UNIT; NULL: not known */
+	pid_t pid;         /* of it, from when it is ready; not reaped by us, so the number is its own */
+	uint64_t until_ns; /* when its start is over */
+	uint64_t *map;     /* what it has touched, a bit for each FFS_WORKING_SET_UNIT; NULL: not known */
 };
 
 static void say(const struct ffs_error *err, const char *what)
@@ -63,8 +63,8 @@ static char *find_path(const struct ffs_restore *r)
 	if (r->writing || (strcmp(kind, "dense") && strcmp(kind, "packed")))
 		return NULL;
 	if (!ffs_tree_json(r->tree, ".forkfs/capabilities", &capabilities, NULL) &&
-		asprintf(&path, "%s/%s/%s/" FFS_WORKING_SET, ffs_json_string(capabilities, "store"), r->target.sandbox,
-			r->target.branch) < 0)
+		asprintf(&path, "%s/%s/%s/" FFS_WORKING_SET, ffs_json_string(capabilities, "store"),
+			r->target.sandbox, r->target.branch) < 0)
 		path = NULL;
 	json_object_put(capabilities);
 	return path;
@@ -74,7 +74,9 @@ void ffs_restore_set_open(struct ffs_restore *r)
 {
 	struct ffs_restore_set *s;
 	struct ffs_error err = {0};
-	char *path = r->backend && !strcmp(r->backend, "uffd") ? NULL : find_path(r); /* the pager has one of its own */
+	char *path = r->backend && !strcmp(r->backend, "uffd")
+			     ? NULL
+			     : find_path(r); /* the pager has one of its own */
 
 	if (!path)
 		return;
@@ -85,7 +87,8 @@ void ffs_restore_set_open(struct ffs_restore *r)
 	}
 	s->path = path;
 	r->set = s;
-	if (r->no_prefetch || !ffs_working_set_read(path, r->memory_size, &s->set, &err) || err.code == ENOENT)
+	if (r->no_prefetch || !ffs_working_set_read(path, r->memory_size, &s->set, &err) ||
+		err.code == ENOENT)
 		return;
 	if (err.code != EACCES) {
 		say(&err, "it is ignored");
@@ -106,8 +109,8 @@ static bool nothing_to_read(void *arg)
 void ffs_restore_set_prefetch(struct ffs_restore *r, int fd)
 {
 	if (r->set && !r->loaded)
-		ffs_working_set_read_ahead(
-			&r->set->set, r->memory_fd, r->memory_size, FFS_WORKING_SET_LIMIT, nothing_to_read, &fd);
+		ffs_working_set_read_ahead(&r->set->set, r->memory_fd, r->memory_size, FFS_WORKING_SET_LIMIT,
+			nothing_to_read, &fd);
 }
 
 static size_t words(const struct ffs_restore *r)
@@ -177,9 +180,11 @@ void ffs_restore_set_end(struct ffs_restore *r)
 	if (s->until_ns && poll(NULL, 0, ffs_ms_until(s->until_ns)) == 0)
 		look(r);
 	if (s->map && is_news(r) &&
-		!ffs_working_set_of(s->map, FFS_WORKING_SET_UNIT, r->memory_size, FFS_WORKING_SET_LIMIT, &now) &&
+		!ffs_working_set_of(
+			s->map, FFS_WORKING_SET_UNIT, r->memory_size, FFS_WORKING_SET_LIMIT, &now) &&
 		ffs_working_set_write(s->path, r->memory_size, &now, &err) < 0 && err.code != ENOENT)
-		say(&err, "the next children do without"); /* ENOENT: the branch was removed or renamed meanwhile */
+		say(&err,
+			"the next children do without"); /* ENOENT: the branch was removed or renamed meanwhile */
 	ffs_working_set_free(&now);
 	free_set(s);
 	r->set = NULL;

@@ -101,8 +101,8 @@ bool ffs_qemu_user_has(const struct ffs_qemu_args *a, const char *option, const 
 	for (unsigned i = 0; i + 1 < a->n_user; i++) {
 		const char *name = option_name(a->user[i]);
 
-		if (name && !strcmp(name, option) && ffs_qemu_get(a->user[i + 1], NULL, key, value, sizeof(value)) &&
-			!strcmp(value, id))
+		if (name && !strcmp(name, option) &&
+			ffs_qemu_get(a->user[i + 1], NULL, key, value, sizeof(value)) && !strcmp(value, id))
 			return true;
 	}
 	return false;
@@ -182,7 +182,8 @@ static int object(struct ffs_qemu_args *a, const char *opt, const char *value, s
 	if (!strncmp(type, "memory-backend-", 15)) {
 		if (!a->memory_id[0] || strcmp(id, a->memory_id))
 			return ffs_error_set(err, ENOTSUP,
-				"the branched VM has its memory in several pieces (%.60s): restore starts QEMUs with one, the machine's "
+				"the branched VM has its memory in several pieces (%.60s): restore starts "
+				"QEMUs with one, the machine's "
 				"memory-backend",
 				id);
 		return 0; /* the child's own is in its place */
@@ -191,8 +192,8 @@ static int object(struct ffs_qemu_args *a, const char *opt, const char *value, s
 		if (!strcmp(type, harmless[i]))
 			return keep(a, opt, value, err);
 	if (!strcmp(type, "rng-random") && ffs_qemu_is_id(id) &&
-		(!ffs_qemu_get(value, NULL, "filename", name, sizeof(name)) || !strcmp(name, "/dev/urandom") ||
-			!strcmp(name, "/dev/random"))) {
+		(!ffs_qemu_get(value, NULL, "filename", name, sizeof(name)) ||
+			!strcmp(name, "/dev/urandom") || !strcmp(name, "/dev/random"))) {
 		add(a, opt, value);
 		return 0;
 	}
@@ -204,14 +205,15 @@ static int object(struct ffs_qemu_args *a, const char *opt, const char *value, s
 /* Models that have nothing of the host but what other options give them. */
 static bool known_device(const char *model)
 {
-	static const char *const models[] = {"virtserialport", "virtconsole", "vmgenid", "isa-serial", "pci-serial",
-		"isa-debugcon", "isa-debug-exit", "pcie-root-port", "pcie-pci-bridge", "pci-bridge", "ioh3420", "scsi-hd",
-		"scsi-cd", "ide-hd", "ide-cd", "nvme", "nvme-ns", "ahci", "ich9-ahci", "e1000", "e1000e", "rtl8139",
-		"qemu-xhci", "usb-tablet", "usb-kbd", "usb-mouse", "VGA", "bochs-display", "pvpanic", "pvpanic-pci",
-		"i6300esb", "ib700", "edu", "intel-iommu"};
-	static const char *const virtio[] = {"blk", "net", "rng", "balloon", "serial", "scsi", "keyboard", "mouse",
-		"tablet", "gpu", "iommu", "mem"};
-	static const char *const bus[] = {"", "-pci", "-device", "-pci-non-transitional", "-pci-transitional"};
+	static const char *const models[] = {"virtserialport", "virtconsole", "vmgenid", "isa-serial",
+		"pci-serial", "isa-debugcon", "isa-debug-exit", "pcie-root-port", "pcie-pci-bridge",
+		"pci-bridge", "ioh3420", "scsi-hd", "scsi-cd", "ide-hd", "ide-cd", "nvme", "nvme-ns", "ahci",
+		"ich9-ahci", "e1000", "e1000e", "rtl8139", "qemu-xhci", "usb-tablet", "usb-kbd", "usb-mouse",
+		"VGA", "bochs-display", "pvpanic", "pvpanic-pci", "i6300esb", "ib700", "edu", "intel-iommu"};
+	static const char *const virtio[] = {"blk", "net", "rng", "balloon", "serial", "scsi", "keyboard",
+		"mouse", "tablet", "gpu", "iommu", "mem"};
+	static const char *const bus[] = {
+		"", "-pci", "-device", "-pci-non-transitional", "-pci-transitional"};
 	char name[64];
 
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(models); i++)
@@ -232,7 +234,8 @@ static int device(struct ffs_qemu_args *a, const char *opt, const char *value, s
 
 	ffs_qemu_get(value, "driver", "driver", model, sizeof(model));
 	if (!a->trust && !known_device(model))
-		return refuse(err, opt, value, "is a device that restore does not know: taken only with --trust");
+		return refuse(
+			err, opt, value, "is a device that restore does not know: taken only with --trust");
 	if (!a->trust && (ffs_qemu_get(value, NULL, "romfile", file, sizeof(file)) && file[0]))
 		return refuse(err, opt, value, "names a file of the host: taken only with --trust");
 	/* so that the guest's kernel notices that it was restored, and makes its random numbers anew */
@@ -241,7 +244,8 @@ static int device(struct ffs_qemu_args *a, const char *opt, const char *value, s
 
 		ffs_qemu_get(value, NULL, "id", id, sizeof(id));
 		ffs_argv_add(&a->out, opt);
-		ffs_argv_addf(&a->out, "vmgenid,guid=auto%s%s", ffs_qemu_is_id(id) ? ",id=" : "", ffs_qemu_is_id(id) ? id : "");
+		ffs_argv_addf(&a->out, "vmgenid,guid=auto%s%s", ffs_qemu_is_id(id) ? ",id=" : "",
+			ffs_qemu_is_id(id) ? id : "");
 		return 0;
 	}
 	return keep(a, opt, value, err);
@@ -257,28 +261,84 @@ static const struct option {
 	handler fn;
 } options[] = {
 	/* the machine */
-	{"M", true, keep}, {"machine", true, keep}, {"cpu", true, keep}, {"smp", true, keep}, {"m", true, keep},
-	{"accel", true, keep}, {"rtc", true, keep}, {"uuid", true, keep}, {"name", true, keep}, {"global", true, keep},
-	{"vga", true, keep}, {"icount", true, keep}, {"boot", true, keep}, {"action", true, keep},
-	{"watchdog", true, keep}, {"watchdog-action", true, keep}, {"smbios", true, keep}, {"fw_cfg", true, keep},
-	{"overcommit", true, keep}, {"numa", true, keep}, {"sandbox", true, keep}, {"bios", true, bios},
-	{"nodefaults", false, nodefaults}, {"no-user-config", false, flag}, {"no-reboot", false, flag},
-	{"no-shutdown", false, flag}, {"no-acpi", false, flag}, {"no-hpet", false, flag}, {"enable-kvm", false, flag},
-	{"snapshot", false, flag}, {"usb", false, flag}, {"nographic", false, nographic}, {"object", true, object},
+	{"M", true, keep},
+	{"machine", true, keep},
+	{"cpu", true, keep},
+	{"smp", true, keep},
+	{"m", true, keep},
+	{"accel", true, keep},
+	{"rtc", true, keep},
+	{"uuid", true, keep},
+	{"name", true, keep},
+	{"global", true, keep},
+	{"vga", true, keep},
+	{"icount", true, keep},
+	{"boot", true, keep},
+	{"action", true, keep},
+	{"watchdog", true, keep},
+	{"watchdog-action", true, keep},
+	{"smbios", true, keep},
+	{"fw_cfg", true, keep},
+	{"overcommit", true, keep},
+	{"numa", true, keep},
+	{"sandbox", true, keep},
+	{"bios", true, bios},
+	{"nodefaults", false, nodefaults},
+	{"no-user-config", false, flag},
+	{"no-reboot", false, flag},
+	{"no-shutdown", false, flag},
+	{"no-acpi", false, flag},
+	{"no-hpet", false, flag},
+	{"enable-kvm", false, flag},
+	{"snapshot", false, flag},
+	{"usb", false, flag},
+	{"nographic", false, nographic},
+	{"object", true, object},
 	{"device", true, device},
 	/* what it has of the host: the child gets its own */
-	{"chardev", true, ffs_qemu_chardev}, {"serial", true, ffs_qemu_serial}, {"parallel", true, ffs_qemu_serial},
-	{"debugcon", true, ffs_qemu_serial}, {"netdev", true, ffs_qemu_netdev}, {"nic", true, ffs_qemu_nic},
-	{"net", true, ffs_qemu_nic}, {"drive", true, ffs_qemu_drive},
+	{"chardev", true, ffs_qemu_chardev},
+	{"serial", true, ffs_qemu_serial},
+	{"parallel", true, ffs_qemu_serial},
+	{"debugcon", true, ffs_qemu_serial},
+	{"netdev", true, ffs_qemu_netdev},
+	{"nic", true, ffs_qemu_nic},
+	{"net", true, ffs_qemu_nic},
+	{"drive", true, ffs_qemu_drive},
 	/* how it is run and talked to: the child's is another */
-	{"qmp", true, own}, {"qmp-pretty", true, own}, {"mon", true, own}, {"monitor", true, own}, {"S", false, own},
-	{"incoming", true, own}, {"loadvm", true, own}, {"pidfile", true, own}, {"daemonize", false, own},
-	{"display", true, own}, {"add-fd", true, own}, {"gdb", true, own}, {"s", false, own}, {"mem-path", true, own},
-	{"mem-prealloc", false, own}, {"msg", true, own}, {"vnc", true, own}, {"spice", true, own},
+	{"qmp", true, own},
+	{"qmp-pretty", true, own},
+	{"mon", true, own},
+	{"monitor", true, own},
+	{"S", false, own},
+	{"incoming", true, own},
+	{"loadvm", true, own},
+	{"pidfile", true, own},
+	{"daemonize", false, own},
+	{"display", true, own},
+	{"add-fd", true, own},
+	{"gdb", true, own},
+	{"s", false, own},
+	{"mem-path", true, own},
+	{"mem-prealloc", false, own},
+	{"msg", true, own},
+	{"vnc", true, own},
+	{"spice", true, own},
 	/* the guest has read them at its boot; or they are the host's business */
-	{"kernel", true, host}, {"initrd", true, host}, {"append", true, host}, {"dtb", true, host}, {"D", true, host},
-	{"d", true, host}, {"trace", true, host}, {"plugin", true, host}, {"runas", true, host}, {"chroot", true, host},
-	{"run-with", true, host}, {"L", true, host}, {"k", true, host}, {"seed", true, host}, {"dfilter", true, host},
+	{"kernel", true, host},
+	{"initrd", true, host},
+	{"append", true, host},
+	{"dtb", true, host},
+	{"D", true, host},
+	{"d", true, host},
+	{"trace", true, host},
+	{"plugin", true, host},
+	{"runas", true, host},
+	{"chroot", true, host},
+	{"run-with", true, host},
+	{"L", true, host},
+	{"k", true, host},
+	{"seed", true, host},
+	{"dfilter", true, host},
 };
 
 static const struct option *find_option(const char *word)
@@ -302,7 +362,8 @@ static const char *word_at(const struct ffs_qemu_args *a, size_t i)
 static void find_memory(struct ffs_qemu_args *a, size_t n)
 {
 	for (size_t i = 1; i + 1 < n; i++) {
-		const char *opt = word_at(a, i), *name = opt ? option_name(opt) : NULL, *value = word_at(a, i + 1);
+		const char *opt = word_at(a, i), *name = opt ? option_name(opt) : NULL,
+			   *value = word_at(a, i + 1);
 
 		if (name && value && (!strcmp(name, "M") || !strcmp(name, "machine")))
 			ffs_qemu_get(value, NULL, "memory-backend", a->memory_id, sizeof(a->memory_id));
@@ -318,8 +379,10 @@ static void add_memory(struct ffs_qemu_args *a)
 {
 	ffs_argv_add(&a->out, "-object");
 	ffs_argv_addf(&a->out,
-		"memory-backend-file,id=%s,size=%llu,mem-path=/proc/self/fd/%d,share=off,merge=off,prealloc=off%s%s",
-		a->memory_id, (unsigned long long)a->memory_size, FFS_CHILD_MEMORY, a->memory_options ? a->memory_options : "",
+		"memory-backend-file,id=%s,size=%llu,mem-path=/proc/self/fd/"
+		"%d,share=off,merge=off,prealloc=off%s%s",
+		a->memory_id, (unsigned long long)a->memory_size, FFS_CHILD_MEMORY,
+		a->memory_options ? a->memory_options : "",
 		a->memory_is_plain ? ",x-use-canonical-path-for-ramblock-id=off" : "");
 	if (a->memory_is_plain) {
 		ffs_argv_add(&a->out, "-machine");
@@ -329,14 +392,18 @@ static void add_memory(struct ffs_qemu_args *a)
 
 int ffs_qemu_args_make(struct ffs_qemu_args *a, struct ffs_error *err)
 {
-	size_t n = json_object_is_type(a->command_line, json_type_array) ? json_object_array_length(a->command_line) : 0;
+	size_t n = json_object_is_type(a->command_line, json_type_array)
+			   ? json_object_array_length(a->command_line)
+			   : 0;
 	int r = 0;
 
 	if (n < 2 || !word_at(a, 0))
-		return ffs_error_set(err, EINVAL, "the branch has no command line of its VMM: give one after --");
+		return ffs_error_set(
+			err, EINVAL, "the branch has no command line of its VMM: give one after --");
 	find_memory(a, n);
 	if (!ffs_qemu_is_id(a->memory_id))
-		return ffs_error_set(err, EINVAL, "memory-backend=%.60s is no name that can be used", a->memory_id);
+		return ffs_error_set(
+			err, EINVAL, "memory-backend=%.60s is no name that can be used", a->memory_id);
 	for (size_t i = 1; !r && i < n; i++) {
 		const char *word = word_at(a, i), *value;
 		const struct option *o = word ? find_option(word) : NULL;
@@ -347,7 +414,8 @@ int ffs_qemu_args_make(struct ffs_qemu_args *a, struct ffs_error *err)
 		}
 		if (!o)
 			return ffs_error_set(err, ENOTSUP,
-				"'%.120s' of the branched VM is an option that restore does not know: taken only with --trust",
+				"'%.120s' of the branched VM is an option that restore does not know: taken "
+				"only with --trust",
 				word ? word : "(no text)");
 		value = o->has_value ? word_at(a, ++i) : NULL;
 		if (o->has_value && !value)
@@ -360,7 +428,8 @@ int ffs_qemu_args_make(struct ffs_qemu_args *a, struct ffs_error *err)
 	add_memory(a);
 	if (a->nographic && !a->nodefaults && !a->n_serial)
 		r = ffs_qemu_serial(a, "-serial", "stdio", err);
-	for (const char *const *w = (const char *const[]){"-display", "none", "-monitor", "none", NULL}; *w; w++)
+	for (const char *const *w = (const char *const[]){"-display", "none", "-monitor", "none", NULL}; *w;
+		w++)
 		ffs_argv_add(&a->out, *w);
 	if (!r && a->out.failed)
 		r = ffs_error_set(err, ENOMEM, "no memory for a command line");

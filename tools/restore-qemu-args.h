@@ -14,19 +14,20 @@
 
 struct ffs_qemu_args {
 	/* given */
-	struct json_object *command_line;  /* array of strings, with the program's name first */
-	struct json_object *disks;         /* of the branch: [{id,path}]; may be NULL */
-	const char *const *user;           /* the caller's own options, which win over what they name again */
+	struct json_object *command_line; /* array of strings, with the program's name first */
+	struct json_object *disks;        /* of the branch: [{id,path}]; may be NULL */
+	const char *const *user;          /* the caller's own options, which win over what they name again */
 	unsigned n_user;
-	bool trust;                        /* take options of the host too */
+	bool trust; /* take options of the host too */
 	uint64_t memory_size;
-	const char *memory_options;        /* further properties of memory-backend-file, ",NAME=VALUE" */
+	const char *memory_options; /* further properties of memory-backend-file, ",NAME=VALUE" */
 	/* made: the words behind the program's name. Paths are relative to the child's own directory; the memory is
 	 * descriptor FFS_CHILD_MEMORY, disk[i] is FFS_CHILD_FIRST_DISK + i */
 	struct ffs_argv out;
 	struct json_object *notes;         /* a sentence for each thing replaced or left out; may be NULL */
 	char disk[FFS_QEMU_MAX_DISKS][65]; /* IDs of the branch's disks */
-	bool qcow2[FFS_QEMU_MAX_DISKS];    /* whose header may name further files: look at it before it is used */
+	bool qcow2
+		[FFS_QEMU_MAX_DISKS]; /* whose header may name further files: look at it before it is used */
 	unsigned n_disks;
 	/* while it is made */
 	char memory_id[65];

@@ -22,7 +22,8 @@ static bool is_agent(const struct ffs_qemu_args *a, const char *id)
 	for (size_t i = 1; i < n; i++) {
 		const char *value = json_object_get_string(json_object_array_get_idx(a->command_line, i));
 
-		if (value && ffs_qemu_get(value, "driver", "driver", got, sizeof(got)) && !strcmp(got, "virtserialport") &&
+		if (value && ffs_qemu_get(value, "driver", "driver", got, sizeof(got)) &&
+			!strcmp(got, "virtserialport") &&
 			ffs_qemu_get(value, "driver", "name", got, sizeof(got)) && !strcmp(got, AGENT_PORT) &&
 			ffs_qemu_get(value, "driver", "chardev", got, sizeof(got)) && !strcmp(got, id))
 			return true;
@@ -51,7 +52,8 @@ int ffs_qemu_chardev(struct ffs_qemu_args *a, const char *opt, const char *value
 	if (!strcmp(id, "forkfs-control"))
 		return 0; /* of a child of ours: each has its own */
 	if (!ffs_qemu_is_id(id))
-		return ffs_error_set(err, EINVAL, "-chardev %.100s of the branched VM has no name that can be used", value);
+		return ffs_error_set(err, EINVAL,
+			"-chardev %.100s of the branched VM has no name that can be used", value);
 	if (ffs_qemu_user_has(a, "chardev", "id", id))
 		return 0;
 	if (!strcmp(kind, "null")) {
@@ -72,7 +74,8 @@ int ffs_qemu_serial(struct ffs_qemu_args *a, const char *opt, const char *value,
 		ffs_argv_add(&a->out, value);
 	} else if (!strncmp(value, "chardev:", 8)) {
 		if (!ffs_qemu_is_id(value + 8))
-			return ffs_error_set(err, EINVAL, "%s %.100s of the branched VM names no chardev", opt, value);
+			return ffs_error_set(
+				err, EINVAL, "%s %.100s of the branched VM names no chardev", opt, value);
 		ffs_argv_add(&a->out, opt);
 		ffs_argv_add(&a->out, value);
 	} else {
@@ -90,12 +93,14 @@ int ffs_qemu_serial(struct ffs_qemu_args *a, const char *opt, const char *value,
 /* Options of -netdev user that concern the guest's side alone. */
 static bool inner_network(const char *key, const char *value)
 {
-	static const char *const keys[] = {"net", "host", "dhcpstart", "dns", "ipv4", "ipv6", "restrict", "hostname",
-		"ipv6-prefix", "ipv6-prefixlen", "ipv6-host", "ipv6-dns", "domainname", "dnssearch"};
+	static const char *const keys[] = {"net", "host", "dhcpstart", "dns", "ipv4", "ipv6", "restrict",
+		"hostname", "ipv6-prefix", "ipv6-prefixlen", "ipv6-host", "ipv6-dns", "domainname",
+		"dnssearch"};
 
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(keys); i++)
 		if (!strcmp(key, keys[i]))
-			return value[strspn(value, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.:/-")] == 0;
+			return value[strspn(value, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234"
+						   "56789.:/-")] == 0;
 	return false;
 }
 
@@ -109,14 +114,16 @@ int ffs_qemu_netdev(struct ffs_qemu_args *a, const char *opt, const char *value,
 	ffs_qemu_get(value, "type", "type", kind, sizeof(kind));
 	ffs_qemu_get(value, NULL, "id", id, sizeof(id));
 	if (!ffs_qemu_is_id(id))
-		return ffs_error_set(err, EINVAL, "-netdev %.100s of the branched VM has no name that can be used", value);
+		return ffs_error_set(
+			err, EINVAL, "-netdev %.100s of the branched VM has no name that can be used", value);
 	if (ffs_qemu_user_has(a, "netdev", "id", id))
 		return 0;
 	ffs_argv_add(&a->out, opt);
 	if (strcmp(kind, "user")) {
 		ffs_argv_addf(&a->out, "user,id=%s,restrict=on", id);
 		ffs_qemu_note(a,
-			"network %s was %.20s of the parent's host: the child has an isolated one (give -netdev …,id=%s after --)",
+			"network %s was %.20s of the parent's host: the child has an isolated one (give "
+			"-netdev …,id=%s after --)",
 			id, kind, id);
 		return 0;
 	}
@@ -131,7 +138,9 @@ int ffs_qemu_netdev(struct ffs_qemu_args *a, const char *opt, const char *value,
 	}
 	ffs_argv_add(&a->out, out);
 	if (dropped)
-		ffs_qemu_note(a, "network %s: what reaches to the parent's host (hostfwd and the like) was left out", id);
+		ffs_qemu_note(a,
+			"network %s: what reaches to the parent's host (hostfwd and the like) was left out",
+			id);
 	return 0;
 }
 
@@ -151,8 +160,8 @@ int ffs_qemu_nic(struct ffs_qemu_args *a, const char *opt, const char *value, st
 		return 0;
 	}
 	if (nic || !strcmp(kind, "nic"))
-		ffs_argv_addf(&a->out, "%s%s%s%s%s", nic ? "user,restrict=on" : "nic", model[0] ? ",model=" : "", model,
-			mac[0] ? (nic ? ",mac=" : ",macaddr=") : "", mac);
+		ffs_argv_addf(&a->out, "%s%s%s%s%s", nic ? "user,restrict=on" : "nic",
+			model[0] ? ",model=" : "", model, mac[0] ? (nic ? ",mac=" : ",macaddr=") : "", mac);
 	else
 		ffs_argv_add(&a->out, "user,restrict=on");
 	if (strcmp(kind, "nic"))
@@ -185,8 +194,8 @@ static const char *disk_of(const struct ffs_qemu_args *a, const char *file)
 
 		if (ffs_check_name("disk", id, NULL) < 0 || !part)
 			continue;
-		if (!strcmp(path, file) ||
-			(file[0] != '/' && whole > part && path[whole - part - 1] == '/' && !strcmp(path + whole - part, file)))
+		if (!strcmp(path, file) || (file[0] != '/' && whole > part && path[whole - part - 1] == '/' &&
+						   !strcmp(path + whole - part, file)))
 			return id;
 	}
 	return NULL;
@@ -195,8 +204,8 @@ static const char *disk_of(const struct ffs_qemu_args *a, const char *file)
 /* Of a drive's options those that the guest sees. The rest (caching, locking, throttling) is the host's. */
 static bool inner_drive(const char *key, const char *value)
 {
-	static const char *const keys[] = {"id", "if", "index", "bus", "unit", "media", "readonly", "werror", "rerror",
-		"discard", "detect-zeroes"};
+	static const char *const keys[] = {"id", "if", "index", "bus", "unit", "media", "readonly", "werror",
+		"rerror", "discard", "detect-zeroes"};
 
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(keys); i++)
 		if (!strcmp(key, keys[i]))
@@ -216,7 +225,8 @@ int ffs_qemu_drive(struct ffs_qemu_args *a, const char *opt, const char *value, 
 	if (id[0] && ffs_qemu_user_has(a, "drive", "id", id))
 		return 0;
 	if (strcmp(format, "raw") && strcmp(format, "qcow2"))
-		return ffs_error_set(err, ENOTSUP, "-drive %.100s of the branched VM: raw and qcow2 are restored", value);
+		return ffs_error_set(
+			err, ENOTSUP, "-drive %.100s of the branched VM: raw and qcow2 are restored", value);
 	out[0] = 0;
 	while (ffs_qemu_next(&p, key, v))
 		if (inner_drive(key, v) && n + strlen(key) + strlen(v) + 3 < sizeof(out))
@@ -224,7 +234,8 @@ int ffs_qemu_drive(struct ffs_qemu_args *a, const char *opt, const char *value, 
 	disk = disk_of(a, file);
 	if (file[0] && !disk)
 		return ffs_error_set(err, ENOTSUP,
-			"drive %.60s of the branched VM (%.120s) is not among the disks of the branch: name it at attach (--disk "
+			"drive %.60s of the branched VM (%.120s) is not among the disks of the branch: name "
+			"it at attach (--disk "
 			"ID=%.120s), or give the child another by -drive id=%.60s,… after --",
 			id, file, file, id);
 	ffs_argv_add(&a->out, opt);
@@ -233,7 +244,8 @@ int ffs_qemu_drive(struct ffs_qemu_args *a, const char *opt, const char *value, 
 		return 0;
 	}
 	if (a->n_disks >= FFS_QEMU_MAX_DISKS)
-		return ffs_error_set(err, ENOTSUP, "the branched VM has more than %d disks", FFS_QEMU_MAX_DISKS);
+		return ffs_error_set(
+			err, ENOTSUP, "the branched VM has more than %d disks", FFS_QEMU_MAX_DISKS);
 	/* never probed: who writes a raw disk could write the header of another format, which names other files */
 	ffs_argv_addf(&a->out, "%s%sfile=/proc/self/fd/%u,format=%s,snapshot=on", out, n ? "," : "",
 		FFS_CHILD_FIRST_DISK + a->n_disks, format);

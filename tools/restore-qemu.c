@@ -56,7 +56,9 @@ static int find_binary(struct ffs_restore *r, char **out, struct ffs_error *err)
 	name = strrchr(name, '/') ? strrchr(name, '/') + 1 : name;
 	if (!is_qemu_name(name))
 		return ffs_error_set(err, EINVAL,
-			"the branched VM's program is called '%.60s', which is no QEMU's name: name one by --vmm", name);
+			"the branched VM's program is called '%.60s', which is no QEMU's name: name one by "
+			"--vmm",
+			name);
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(dirs); i++) {
 		if (asprintf(out, "%s/%s", dirs[i], name) < 0)
 			return ffs_error_set(err, ENOMEM, "no memory for a path");
@@ -109,14 +111,15 @@ static int memory_way(struct ffs_restore *r, struct qemu_plan *p, struct ffs_err
 	}
 	library = find_library();
 	if (!library) {
-		ffs_restore_note(r,
-			"this QEMU opens its memory for writing, and " OPEN_READ_ONLY
-			" is not installed: start it by hand, from the mount (README)");
-		return ffs_error_set(err, ENOENT, OPEN_READ_ONLY " is not installed, and this QEMU (before 8.2) needs it");
+		ffs_restore_note(r, "this QEMU opens its memory for writing, and " OPEN_READ_ONLY
+				    " is not installed: start it by hand, from the mount (README)");
+		return ffs_error_set(
+			err, ENOENT, OPEN_READ_ONLY " is not installed, and this QEMU (before 8.2) needs it");
 	}
 	const char *before = getenv("LD_PRELOAD");
 
-	ffs_argv_addf(&p->env, "LD_PRELOAD=%s%s%s", library, before && *before ? ":" : "", before ? before : "");
+	ffs_argv_addf(
+		&p->env, "LD_PRELOAD=%s%s%s", library, before && *before ? ":" : "", before ? before : "");
 	ffs_argv_addf(&p->env, "FORKFS_OPEN_READ_ONLY=/proc/self/fd/%d", FFS_CHILD_MEMORY);
 	return 0;
 }
@@ -148,7 +151,8 @@ static int check_qcow2(const struct ffs_restore *r, const char *id, struct ffs_e
 	external = head[7] >= 3 && (head[79] & 4);
 	if ((backing || external) && !r->trust)
 		return ffs_error_set(err, EPERM,
-			"disk %s is an image that names another file of this host, and was written by the VMM: taken only with "
+			"disk %s is an image that names another file of this host, and was written by the "
+			"VMM: taken only with "
 			"--trust",
 			id);
 	return 0;
@@ -167,7 +171,8 @@ static int plan(struct ffs_restore *r, struct ffs_error *err)
 	r->plan = p;
 	p->migration = !strcmp(kind, "migration");
 	if (!p->migration && strcmp(kind, "xen-save"))
-		return ffs_error_set(err, ENOTSUP, "the branch's device state is of a kind that is not known: '%.40s'", kind);
+		return ffs_error_set(err, ENOTSUP,
+			"the branch's device state is of a kind that is not known: '%.40s'", kind);
 	p->args.command_line = ffs_json_get(r->vmm, "command_line");
 	p->args.disks = ffs_json_get(r->status, "disks");
 	p->args.user = r->user_arg;
@@ -293,7 +298,8 @@ static int set_capabilities(struct ffs_qmp *q, bool migration, struct ffs_error 
 	return r;
 }
 
-static int call_with(struct ffs_qmp *q, const char *name, const char *key, const char *value, int fd, struct ffs_error *err)
+static int call_with(struct ffs_qmp *q, const char *name, const char *key, const char *value, int fd,
+	struct ffs_error *err)
 {
 	struct json_object *args = json_object_new_object();
 	int r;

@@ -30,7 +30,8 @@ static int spawn(struct ffs_restore *r, struct ffs_child *c, const struct ffs_re
 	return got;
 }
 
-int ffs_restore_load(struct ffs_restore *r, struct ffs_child *c, const struct ffs_restore_gate *gate, struct ffs_error *err)
+int ffs_restore_load(struct ffs_restore *r, struct ffs_child *c, const struct ffs_restore_gate *gate,
+	struct ffs_error *err)
 {
 	struct ffs_argv argv = {0};
 	int got = ffs_child_give(c, FFS_CHILD_MEMORY, r->memory_fd, err);
@@ -97,7 +98,8 @@ struct json_object *ffs_restore_line(struct ffs_restore *r, const struct ffs_chi
 	json_object_object_add(times, "started_ns", json_object_new_uint64(c->started_ns));
 	json_object_object_add(times, "loaded_ns", json_object_new_uint64(c->loaded_ns));
 	json_object_object_add(times, "running_ns", r->paused ? NULL : json_object_new_uint64(c->running_ns));
-	json_object_object_add(times, "acknowledged_ns", c->ack ? json_object_new_uint64(c->acknowledged_ns) : NULL);
+	json_object_object_add(
+		times, "acknowledged_ns", c->ack ? json_object_new_uint64(c->acknowledged_ns) : NULL);
 	if (r->healthy)
 		json_object_object_add(times, "healthy_ns", json_object_new_uint64(c->healthy_ns));
 	json_object_object_add(o, "times", times);

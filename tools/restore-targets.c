@@ -19,7 +19,8 @@ static struct ffs_target *add(struct ffs_restore_targets *t, struct ffs_error *e
 	struct ffs_target *more;
 
 	if (t->n == FFS_CHILDREN_MAX) {
-		ffs_error_set(err, EINVAL, "more than %d forks are too many for one command", FFS_CHILDREN_MAX);
+		ffs_error_set(
+			err, EINVAL, "more than %d forks are too many for one command", FFS_CHILDREN_MAX);
 		return NULL;
 	}
 	more = realloc(t->target, (t->n + 1) * sizeof(*more));
@@ -33,7 +34,8 @@ static struct ffs_target *add(struct ffs_restore_targets *t, struct ffs_error *e
 
 /* ---- a file of names ---- */
 
-static int read_names(struct ffs_restore_targets *t, const struct ffs_target *branch, const char *file, struct ffs_error *err)
+static int read_names(struct ffs_restore_targets *t, const struct ffs_target *branch, const char *file,
+	struct ffs_error *err)
 {
 	_cleanup_(ffs_lines_free) struct ffs_lines list = {0};
 	int got = ffs_lines_read(&list, file, FILE_MAX, err);
@@ -76,7 +78,8 @@ static int check_twice(const struct ffs_restore_targets *t, struct ffs_error *er
 	qsort(sorted, t->n, sizeof(*sorted), by_name);
 	for (unsigned i = 1; i < t->n; i++)
 		if (!strcmp(sorted[i - 1]->fork, sorted[i]->fork))
-			return ffs_error_set(err, EINVAL, "fork %s is named twice: -n COUNT starts so many children of each fork",
+			return ffs_error_set(err, EINVAL,
+				"fork %s is named twice: -n COUNT starts so many children of each fork",
 				sorted[i]->fork);
 	return 0;
 }
@@ -90,24 +93,27 @@ static int check_together(const struct ffs_restore_targets *t, struct ffs_error 
 
 		if (strcmp(one->sandbox, first->sandbox) || strcmp(one->branch, first->branch))
 			return ffs_error_set(err, EINVAL,
-				"%s/%s and %s/%s are two branches: the children of a command are of one, whose memory they share",
+				"%s/%s and %s/%s are two branches: the children of a command are of one, "
+				"whose memory they share",
 				first->sandbox, first->branch, one->sandbox, one->branch);
 		if (!one->fork[0])
 			return ffs_error_set(err, EINVAL,
-				"several targets are forks of one branch, NAME/BRANCH/FORK each; -n COUNT starts many children of one");
+				"several targets are forks of one branch, NAME/BRANCH/FORK each; -n COUNT "
+				"starts many children of one");
 	}
 	return t->n > 1 ? check_twice(t, err) : 0;
 }
 
-int ffs_restore_targets_read(
-	struct ffs_restore_targets *t, char *const *word, unsigned n, const char *forks, struct ffs_error *err)
+int ffs_restore_targets_read(struct ffs_restore_targets *t, char *const *word, unsigned n, const char *forks,
+	struct ffs_error *err)
 {
 	struct ffs_target branch;
 	int got = 0;
 
 	if (!n || (forks && n > 1))
-		return ffs_error_set(err, EINVAL, forks ? "--forks goes with one NAME/BRANCH: its lines name forks of that"
-							: "a NAME/BRANCH[/FORK] is wanted; the VMM's own options go after --");
+		return ffs_error_set(err, EINVAL,
+			forks ? "--forks goes with one NAME/BRANCH: its lines name forks of that"
+			      : "a NAME/BRANCH[/FORK] is wanted; the VMM's own options go after --");
 	if (forks) {
 		got = ffs_target_parse(word[0], FFS_TARGET_BRANCH, &branch, err);
 		if (!got)
@@ -116,7 +122,8 @@ int ffs_restore_targets_read(
 	for (unsigned i = 0; !forks && !got && i < n; i++) {
 		struct ffs_target *one = add(t, err);
 
-		got = one ? ffs_target_parse(word[i], FFS_TARGET_BRANCH | FFS_TARGET_FORK, one, err) : -err->code;
+		got = one ? ffs_target_parse(word[i], FFS_TARGET_BRANCH | FFS_TARGET_FORK, one, err)
+			  : -err->code;
 	}
 	return got ? got : check_together(t, err);
 }

@@ -75,8 +75,8 @@ struct ffs_restore_targets {
 /* From the n words of a command line, or (forks is not NULL: --forks) the lines of a file, "-" is standard input, which name
  * forks of the branch that is the only word. -EINVAL: they are not as they should be; else the file can't be read. What is
  * there is the caller's to free in any case. */
-int ffs_restore_targets_read(
-	struct ffs_restore_targets *t, char *const *word, unsigned n, const char *forks, struct ffs_error *err);
+int ffs_restore_targets_read(struct ffs_restore_targets *t, char *const *word, unsigned n, const char *forks,
+	struct ffs_error *err);
 void ffs_restore_targets_free(struct ffs_restore_targets *t);
 
 /* ---- one call of the command ---- */
@@ -92,22 +92,25 @@ struct ffs_restore {
 	struct json_object *status; /* of the branch */
 	struct json_object *vmm;    /* in it: kind, version, command_line, … ; untrusted */
 	uint64_t memory_size;
-	bool writing;                /* its capture is still going on */
+	bool writing; /* its capture is still going on */
 	bool trust, paused, imported, no_prefetch;
-	const char *backend;         /* --backend: "file", "uffd"; NULL: not said. Of the kind firecracker only */
-	struct ffs_words drives, nets; /* --drive, --net: ID=VALUE each, borrowed. Of the kind firecracker only */
+	const char *backend; /* --backend: "file", "uffd"; NULL: not said. Of the kind firecracker only */
+	struct ffs_words drives,
+		nets; /* --drive, --net: ID=VALUE each, borrowed. Of the kind firecracker only */
 	struct ffs_restore_conf conf;
 	const char *const *user_arg; /* what came after -- */
 	unsigned n_user_args;
 	int memory_fd; /* of the branch: read-only, shared by all children */
 	bool loaded;   /* it is a copy in memory, made for them */
-	struct ffs_restore_set *set; /* of restore-prefetch.c; NULL: nothing is recorded, nothing read ahead */
-	struct ffs_restore_page *page; /* what the fork target.fork has over its branch, n_pages of them; owned */
+	struct ffs_restore_set
+		*set; /* of restore-prefetch.c; NULL: nothing is recorded, nothing read ahead */
+	struct ffs_restore_page
+		*page; /* what the fork target.fork has over its branch, n_pages of them; owned */
 	unsigned n_pages;
 	/* what of its mailboxes is to be acknowledged by each child, and where their frames are; n is 0: nothing */
 	struct ffs_ack_wait ack;
 	uint64_t ack_offset[FFS_MAILBOX_MAX];
-	bool ack_all, ack_none;  /* --ack: all of them, for ack_ms; --no-ack */
+	bool ack_all, ack_none; /* --ack: all of them, for ack_ms; --no-ack */
 	unsigned ack_ms;
 	const char *ack_address; /* --ack-address; NULL: not said */
 	bool healthy;            /* --healthy: a child is there when its guest's agent is */
@@ -126,7 +129,7 @@ struct ffs_restore_args {
 	const char *vmm, *jailer, *conf, *dir, *mount, *backend, *ack_address, *ready;
 	struct ffs_words drives, nets;
 	bool trust, torn, as_served, no_prefetch, healthy;
-	unsigned ready_s; /* of ready, when it has been checked */
+	unsigned ready_s;            /* of ready, when it has been checked */
 	const char *const *user_arg; /* what came after -- */
 	unsigned n_user_args;
 };
@@ -150,8 +153,8 @@ void ffs_restore_end(struct ffs_restore *r);
 
 /* The same for the children of one target of that branch, when what all of them share is there: with the pages, the
  * acknowledgements and the notes of its own, if it is a fork. `r` must live as long; ffs_restore_view_end() in any case. */
-int ffs_restore_view(
-	const struct ffs_restore *r, const struct ffs_target *target, struct ffs_restore *out, struct ffs_error *err);
+int ffs_restore_view(const struct ffs_restore *r, const struct ffs_target *target, struct ffs_restore *out,
+	struct ffs_error *err);
 void ffs_restore_view_end(struct ffs_restore *view);
 
 /* ---- restore-image.c ---- */
@@ -168,7 +171,8 @@ struct ffs_sparse_words {
 	const char *file, *read, *write;
 };
 /* All of `from` into the empty file `to`, with a hole for each `step` bytes that are zero. Any thread. -EINTR by a signal. */
-int ffs_copy_sparse(int from, int to, uint64_t size, size_t step, const struct ffs_sparse_words *words, struct ffs_error *err);
+int ffs_copy_sparse(int from, int to, uint64_t size, size_t step, const struct ffs_sparse_words *words,
+	struct ffs_error *err);
 
 struct ffs_child;
 
@@ -201,8 +205,8 @@ int ffs_restore_fork_write(const struct ffs_restore *r, const struct ffs_child *
 /* Which mailboxes of the fork are to be acknowledged, by its status, into r->ack. Main thread. */
 int ffs_restore_ack_read(struct ffs_restore *r, struct json_object *status, struct ffs_error *err);
 /* A page of the fork goes to this address of the child: where its payload is to be acknowledged, it names our port. */
-int ffs_restore_ack_page(const struct ffs_restore *r, const struct ffs_child *c, uint64_t offset, uint64_t at, void *page,
-	struct ffs_error *err);
+int ffs_restore_ack_page(const struct ffs_restore *r, const struct ffs_child *c, uint64_t offset, uint64_t at,
+	void *page, struct ffs_error *err);
 /* The hooks of a child, in their order; nothing where nothing is to be acknowledged. before: there is no process yet.
  * loaded: it is where the branch was taken, and does not run; its pages are not written yet. resuming: it will run, time begins. after_resume: it runs; -ETIMEDOUT: it has not acknowledged, -ECONNRESET: it has
  * ended. close: in any case, once. */
@@ -233,11 +237,11 @@ enum { FFS_CHILD_MEMORY = 3, FFS_CHILD_VMSTATE = 4, FFS_CHILD_CONTROL = 5, FFS_C
 #define FFS_CHILD_VSOCK "vsock"
 
 struct ffs_child {
-	unsigned number; /* from 1 */
-	char name[65];   /* of the sandbox it becomes; "": none */
-	char dir[100];   /* its own, 0700: sockets, console, what it says on stderr */
-	char jail[100];  /* the root directory of its jail, where its sockets are then; "": it is in none */
-	char cgroup[160]; /* that its jailer makes, below the root of a hierarchy; "": none */
+	unsigned number;   /* from 1 */
+	char name[65];     /* of the sandbox it becomes; "": none */
+	char dir[100];     /* its own, 0700: sockets, console, what it says on stderr */
+	char jail[100];    /* the root directory of its jail, where its sockets are then; "": it is in none */
+	char cgroup[160];  /* that its jailer makes, below the root of a hierarchy; "": none */
 	unsigned uid, gid; /* in the jail */
 	int inherit[FFS_CHILD_FDS]; /* [i] becomes descriptor 3 + i; -1: none. Owned */
 	int *watch;                 /* an inotify of the worker's, made when needed: closing one takes long */
@@ -245,13 +249,14 @@ struct ffs_child {
 	void *talk;                 /* of the kind, from load to let_go */
 	struct ffs_restore_ack *ack; /* of the hooks; NULL: nothing is to be acknowledged */
 	bool vsock; /* FFS_CHILD_VSOCK beside its other sockets is the host's end of its vsock, as Firecracker has it; from load on */
-	char *agent;                 /* the socket of its guest's agent; NULL: not looked for */
+	char *agent; /* the socket of its guest's agent; NULL: not looked for */
 	pid_t pid;
 	int pidfd;
-	uint64_t began_ns, started_ns, loaded_ns, running_ns, acknowledged_ns, healthy_ns; /* since the command began */
-	struct json_object *sockets;                /* {"qmp":PATH} and the like, for the user */
-	char attach_socket[160];                    /* what `attach` is given */
-	bool ready; /* under the command's lock: no signal ends it any more */
+	uint64_t began_ns, started_ns, loaded_ns, running_ns, acknowledged_ns,
+		healthy_ns;          /* since the command began */
+	struct json_object *sockets; /* {"qmp":PATH} and the like, for the user */
+	char attach_socket[160];     /* what `attach` is given */
+	bool ready;                  /* under the command's lock: no signal ends it any more */
 };
 
 void ffs_child_init(struct ffs_child *c, unsigned number);
@@ -261,7 +266,8 @@ int ffs_child_make_dir(struct ffs_child *c, const char *base, const char *label,
 int ffs_child_give(struct ffs_child *c, int number, int fd, struct ffs_error *err);
 /* Start it: in a session of its own, in its directory, with nothing of ours open but what it inherits; stdout and
  * stderr are files there. */
-int ffs_child_spawn(struct ffs_child *c, const struct ffs_argv *argv, const struct ffs_argv *env, struct ffs_error *err);
+int ffs_child_spawn(
+	struct ffs_child *c, const struct ffs_argv *argv, const struct ffs_argv *env, struct ffs_error *err);
 /* SIGKILL, also from another thread while the caller's lock keeps c->pidfd. */
 void ffs_child_kill(const struct ffs_child *c);
 /* True when the process has ended. */
@@ -294,7 +300,8 @@ struct ffs_restore_gate {
 	const bool *closed;
 };
 /* Start a child that has its directory, and load the branch. Its thread. A failure is explained; the caller destroys it. */
-int ffs_restore_load(struct ffs_restore *r, struct ffs_child *c, const struct ffs_restore_gate *gate, struct ffs_error *err);
+int ffs_restore_load(struct ffs_restore *r, struct ffs_child *c, const struct ffs_restore_gate *gate,
+	struct ffs_error *err);
 /* Go on from there until it runs (r->paused: not); ffs_restore_hooks_before() has been called. */
 int ffs_restore_run(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err);
 /* Wait for what its guest has to say. */
@@ -313,7 +320,8 @@ struct ffs_restore_ops {
 	 * are made. NULL: nothing. */
 	int (*begin)(struct ffs_restore *r, const char *dir, struct ffs_error *err);
 	/* The command line of one child, which has its directory and its descriptors. Any thread from here on. */
-	int (*command)(struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err);
+	int (*command)(
+		struct ffs_restore *r, struct ffs_child *c, struct ffs_argv *out, struct ffs_error *err);
 	/* Further variables of its environment. NULL: those of the host's configuration. */
 	const struct ffs_argv *(*environment)(const struct ffs_restore *r);
 	/* From started to stopped at the branch's instant; then to running. They wait for the VM's answers and for its

@@ -23,7 +23,8 @@ int ffs_spawn_self(char *const argv[], int fd, bool says, pid_t *pid)
 	if (!r)
 		r = posix_spawnattr_setsigdefault(&attr, &all);
 	if (!r)
-		r = posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
+		r = posix_spawnattr_setflags(
+			&attr, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
 	for (int i = 0; !r && i < (says ? STDERR_FILENO : GIVEN); i++)
 		r = posix_spawn_file_actions_addopen(&fa, i, "/dev/null", O_RDWR, 0);
 	/* also where it is that one already: glibc lets the new process have it then (Austin Group issue 411) */

@@ -328,7 +328,8 @@ static int check_fork(const struct ffs_tree *t, const struct ffs_target *target,
 	char path[240];
 	struct stat st;
 
-	snprintf(path, sizeof(path), "%s/branches/%s/forks/%s", target->sandbox, target->branch, target->fork);
+	snprintf(
+		path, sizeof(path), "%s/branches/%s/forks/%s", target->sandbox, target->branch, target->fork);
 	if (fstatat(t->fd, path, &st, AT_SYMLINK_NOFOLLOW) == 0)
 		return 0;
 	if (errno != ENOENT)

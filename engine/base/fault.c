@@ -34,7 +34,8 @@ static const struct {
 	const char *name;
 	int code;
 } codes[] = {{"EIO", EIO}, {"ENOSPC", ENOSPC}, {"ENOMEM", ENOMEM}, {"EAGAIN", EAGAIN}, {"EPERM", EPERM},
-	{"ESRCH", ESRCH}, {"EINVAL", EINVAL}, {"ETIMEDOUT", ETIMEDOUT}, {"EBUSY", EBUSY}, {"ENOENT", ENOENT}, {"ENOTTY", ENOTTY}};
+	{"ESRCH", ESRCH}, {"EINVAL", EINVAL}, {"ETIMEDOUT", ETIMEDOUT}, {"EBUSY", EBUSY}, {"ENOENT", ENOENT},
+	{"ENOTTY", ENOTTY}};
 
 /* How often the rule was passed since its text was first seen, this pass included. */
 static unsigned count_pass(const char *rule)

@@ -32,7 +32,8 @@ static in_port_t *port_in(struct sockaddr_storage *name)
 					  : &((struct sockaddr_in6 *)name)->sin6_port;
 }
 
-int ffs_udp_listen(const char *address, unsigned port, uint64_t held_until_ns, unsigned *bound, struct ffs_error *err)
+int ffs_udp_listen(
+	const char *address, unsigned port, uint64_t held_until_ns, unsigned *bound, struct ffs_error *err)
 {
 	_cleanup_close_ int sock = -1;
 	struct sockaddr_storage name;

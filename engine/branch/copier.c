@@ -280,7 +280,8 @@ static int not_captured(struct ffs_tracker *t, struct ffs_branch *b, struct ffs_
 		}
 	}
 	return ffs_error_set(err, EIO,
-		"%llu bytes were not captured (%llu are still needed, in clusters from %#llx to %#llx; %llu of "
+		"%llu bytes were not captured (%llu are still needed, in clusters from %#llx to %#llx; %llu "
+		"of "
 		"%llu slices are done)",
 		(unsigned long long)remaining, (unsigned long long)needed, (unsigned long long)first,
 		(unsigned long long)last, (unsigned long long)atomic_load(&b->slices_done),

@@ -47,7 +47,8 @@ static int from_image(struct ffs_branch *b, uint64_t off, uint64_t *head, unsign
 }
 
 /* Up to BATCH pages of a region of the guest; those that were not good are told by bits of *bad. */
-static int from_guest(struct ffs_branch *b, unsigned region, uint64_t off, uint64_t *head, unsigned n, bool *bad)
+static int from_guest(
+	struct ffs_branch *b, unsigned region, uint64_t off, uint64_t *head, unsigned n, bool *bad)
 {
 	struct ffs_tracker *t = b->tracker;
 	bool any = false;
@@ -66,7 +67,8 @@ static int from_guest(struct ffs_branch *b, unsigned region, uint64_t off, uint6
 	return 0;
 }
 
-static int of_region(struct ffs_branch *b, unsigned region, uint64_t off, uint64_t *head, size_t pages, char *buf)
+static int of_region(
+	struct ffs_branch *b, unsigned region, uint64_t off, uint64_t *head, size_t pages, char *buf)
 {
 	uint64_t begin = b->tracker->pages->r[region].offset;
 	bool bad[BATCH];
@@ -88,7 +90,8 @@ static int of_region(struct ffs_branch *b, unsigned region, uint64_t off, uint64
 			while (i < n && bad[i])
 				i++;
 			if (i > from)
-				e = from_image(b, begin + at + from * PAGE, head + done + from, i - from, buf);
+				e = from_image(
+					b, begin + at + from * PAGE, head + done + from, i - from, buf);
 			i += i == from;
 		}
 	}
@@ -108,10 +111,12 @@ int ffs_branch_read_heads(struct ffs_branch *b, uint64_t *head, size_t pages, ui
 		return -ENOMEM;
 	for (unsigned i = 0; writing && e == 0 && i < b->tracker->pages->n; i++) {
 		const struct ffs_pages_region *r = &b->tracker->pages->r[i];
-		uint64_t from = off > r->offset ? off : r->offset, to = end < r->offset + r->size ? end : r->offset + r->size;
+		uint64_t from = off > r->offset ? off : r->offset,
+			 to = end < r->offset + r->size ? end : r->offset + r->size;
 
 		if (from < to)
-			e = of_region(b, i, from - r->offset, head + (from - off) / PAGE, (size_t)((to - from) / PAGE), buf);
+			e = of_region(b, i, from - r->offset, head + (from - off) / PAGE,
+				(size_t)((to - from) / PAGE), buf);
 	}
 	for (size_t done = 0; !writing && e == 0 && done < pages; done += BATCH)
 		e = from_image(b, off + done * PAGE, head + done,

@@ -285,7 +285,8 @@ int ffs_image_seal(struct ffs_image *img, struct ffs_error *err)
 		e = seal_memfd(img->wfd);
 	if (e == -EBUSY)
 		return ffs_error_set(err, EBUSY,
-			"cannot seal the memory image: another process has held its descriptor for writing for 5 s");
+			"cannot seal the memory image: another process has held its descriptor for writing "
+			"for 5 s");
 	if (e)
 		return ffs_error_errno(err, -e, "cannot seal the memory image");
 	ffs_close_fd(&img->wfd);

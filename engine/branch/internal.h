@@ -64,7 +64,7 @@ struct ffs_tracker {
 	struct ffs_proc_id proc;
 	struct ffs_geometry geo;
 	struct ffs_pages *pages;
-	struct ffs_memory *memory;    /* NULL once the tracker has ended; readers of branches hold `reading` */
+	struct ffs_memory *memory; /* NULL once the tracker has ended; readers of branches hold `reading` */
 	pthread_rwlock_t reading;
 	void *fault_buf; /* the handler's, mlocked */
 	struct ffs_watchdog *watchdog;
@@ -137,8 +137,8 @@ struct ffs_branch {
 	_Atomic uint8_t *zeros[FFS_MAX_REGIONS]; /* per slice: zero pages were captured */
 	_Atomic uint64_t remaining;              /* bytes not in the image yet */
 	_Atomic uint64_t next_slice, slices_done;
-	uint64_t max_rate;       /* of the copiers, bytes a second; 0: none */
-	uint64_t next_copy_ns;   /* not before; under tracker->lock */
+	uint64_t max_rate;     /* of the copiers, bytes a second; 0: none */
+	uint64_t next_copy_ns; /* not before; under tracker->lock */
 	_Atomic uint64_t faults, fault_max_ns, latency[FFS_LATENCY_BUCKETS];
 
 	_Atomic int failing; /* enum ffs_branch_fail: set by the first to fail it, from any thread, the fault

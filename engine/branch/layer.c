@@ -21,15 +21,16 @@ struct ffs_layer {
 	atomic_int state;        /* enum ffs_branch_state */
 	pthread_rwlock_t lock;   /* below, but for what a new layer is filled with */
 	unsigned depth;
-	int fd;                      /* a duplicate of the branch's image; else -1 */
-	struct ffs_layer *base;      /* of the parent: a use and a reference; NULL: none, or not needed any more */
+	int fd;                 /* a duplicate of the branch's image; else -1 */
+	struct ffs_layer *base; /* of the parent: a use and a reference; NULL: none, or not needed any more */
 	struct ffs_branch_copy copy; /* read: NULL when it is nowhere else */
 	struct ffs_budget *budget;   /* of the image, once its branch is gone; NULL: nothing */
 	uint64_t bytes;
 	unsigned n;
 	struct {
 		uint64_t offset, size, page_size, cluster_bytes;
-		ffs_mask *shared; /* per cluster: pages that are the parent's; NULL without one; fixed when read */
+		ffs_mask *
+			shared; /* per cluster: pages that are the parent's; NULL without one; fixed when read */
 	} r[];
 };
 
@@ -315,8 +316,9 @@ static ssize_t read_locked(struct ffs_layer *l, int own, char *buf, size_t len, 
 	while (done < len) {
 		bool shared = false;
 		/* to the store, or without a parent, it is all one */
-		size_t n = l->parent[0] && !(own < 0 && l->copy.read) ? run_at(l, off + done, len - done, &shared)
-								      : len - done;
+		size_t n = l->parent[0] && !(own < 0 && l->copy.read)
+				   ? run_at(l, off + done, len - done, &shared)
+				   : len - done;
 		ssize_t got = read_run(l, shared, own, buf + done, n, off + done);
 
 		if (got < 0)

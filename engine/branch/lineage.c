@@ -107,7 +107,8 @@ void ffs_lineage_taken(struct ffs_tracker *t, struct ffs_branch *b)
 	int e = ffs_layer_propose(b->layer, b->image.fd);
 
 	if (e < 0) { /* out of descriptors: the old parent is as good as it was */
-		ffs_log(FFS_LOG_WARN, "%s: branch %s will not be a parent: %s", b->sandbox, b->id, strerror(-e));
+		ffs_log(FFS_LOG_WARN, "%s: branch %s will not be a parent: %s", b->sandbox, b->id,
+			strerror(-e));
 		return;
 	}
 	pthread_mutex_lock(&t->lock);

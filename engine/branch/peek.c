@@ -72,8 +72,8 @@ static int heads_of_all(struct ffs_tracker *t, uint64_t *head, size_t pages, uin
 		uint64_t to = end < g->offset + g->size ? end : g->offset + g->size;
 
 		if (from < to)
-			r = ffs_memory_read_heads(
-				t->memory, i, from - g->offset, head + (from - off) / PAGE, (size_t)((to - from) / PAGE));
+			r = ffs_memory_read_heads(t->memory, i, from - g->offset, head + (from - off) / PAGE,
+				(size_t)((to - from) / PAGE));
 	}
 	return r;
 }

@@ -54,13 +54,14 @@ static bool may_pass(const struct ffs_foreign *f)
 }
 
 /* `patient`: only who holds it for longer than a moment counts. What they wrote meanwhile is in the branch. */
-static int look(struct ffs_sandbox *sb, bool patient, struct ffs_foreign *f, uint64_t *took_ns, struct ffs_error *why)
+static int look(
+	struct ffs_sandbox *sb, bool patient, struct ffs_foreign *f, uint64_t *took_ns, struct ffs_error *why)
 {
 	uint64_t start = ffs_now_ns(), end = start + PASSING_NS;
 	int e;
 
-	while ((e = ffs_foreign_scan(sb->proc, &sb->tracker->geo, &sb->known, f, NULL, why)) == -EBUSY && patient && may_pass(f) &&
-		ffs_now_ns() < end)
+	while ((e = ffs_foreign_scan(sb->proc, &sb->tracker->geo, &sb->known, f, NULL, why)) == -EBUSY &&
+		patient && may_pass(f) && ffs_now_ns() < end)
 		poll(NULL, 0, PASSING_LOOK_MS);
 	if (took_ns)
 		*took_ns = ffs_now_ns() - start;
@@ -91,7 +92,8 @@ int ffs_sandbox_scan(struct ffs_sandbox *sb, bool force, uint64_t *took_ns, stru
 		return ffs_error_set(err, why.code, "%s", why.text);
 	if (e < 0 && !force && !sb->force)
 		return ffs_error_set(err, why.code,
-			"%s; or insist (force, --force): the branch is then marked as possibly torn", why.text);
+			"%s; or insist (force, --force): the branch is then marked as possibly torn",
+			why.text);
 	if (e < 0 && torn && !(*torn = torn_json(f)))
 		return ffs_error_set(err, ENOMEM, "out of memory for the findings about %s", sb->name);
 	return 0;

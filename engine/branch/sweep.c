@@ -63,10 +63,12 @@ static int sweep_slice(const struct ffs_sweep *s, bool paused, struct ffs_pages_
 		e = FFS_FAULT("protect");
 	if (e < 0 && ffs_tracker_revoked(s->t)) /* it has unregistered what we were to protect */
 		return ffs_error_set(err, ETIMEDOUT,
-			"the watchdog let the guest of %s go: the daemon did not serve its writes for 500 ms", s->sandbox);
+			"the watchdog let the guest of %s go: the daemon did not serve its writes for 500 ms",
+			s->sandbox);
 	if (e == -ENOENT)
 		return ffs_error_set(err, EAGAIN,
-			"the VMM of %s replaced guest memory while it was being write-protected: try again", s->sandbox);
+			"the VMM of %s replaced guest memory while it was being write-protected: try again",
+			s->sandbox);
 	if (e < 0)
 		return ffs_error_errno(err, -e, "cannot write-protect guest memory of %s", s->sandbox);
 	if (paused)

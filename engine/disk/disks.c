@@ -24,7 +24,8 @@
 
 #define FLUSH_SLICE (16ull << 20)
 #define FLUSH_ROUNDS 8u
-#define FLUSHED_PAGES 64u /* writing these back inside the pause costs less than another round does outside  \
+#define FLUSHED_PAGES                                                                                        \
+	64u /* writing these back inside the pause costs less than another round does outside  \
 			   */
 
 /* ---- whose file it is ---- */

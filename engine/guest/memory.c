@@ -315,7 +315,8 @@ static int heads_of_file(int fd, uint64_t off, uint64_t *head, size_t n)
 		if (data > (off_t)at)
 			at = (uint64_t)data / PAGE * PAGE;
 		hole = data < 0 ? -1 : lseek(fd, (off_t)at, SEEK_HOLE);
-		for (uint64_t stop = hole < 0 || (uint64_t)hole > end ? end : (uint64_t)hole; at < stop; at += PAGE) {
+		for (uint64_t stop = hole < 0 || (uint64_t)hole > end ? end : (uint64_t)hole; at < stop;
+			at += PAGE) {
 			ssize_t got = ffs_pread_full(fd, head + (at - off) / PAGE, sizeof(*head), at);
 
 			if (got != (ssize_t)sizeof(*head))
@@ -338,19 +339,21 @@ static int read_heads(struct ffs_memory *m, unsigned i, uint64_t off, uint64_t *
 		unsigned from = p;
 
 		while (p < n && is_there(entry[p])) {
-			remote[there++] = (struct iovec){
-				.iov_base = (void *)(uintptr_t)((first + p) * PAGE), .iov_len = sizeof(*head)};
+			remote[there++] = (struct iovec){.iov_base = (void *)(uintptr_t)((first + p) * PAGE),
+				.iov_len = sizeof(*head)};
 			p++;
 		}
 		if (p > from)
-			local[runs++] = (struct iovec){.iov_base = head + from, .iov_len = (p - from) * sizeof(*head)};
+			local[runs++] = (struct iovec){
+				.iov_base = head + from, .iov_len = (p - from) * sizeof(*head)};
 		from = p;
 		while (p < n && !is_there(entry[p]))
 			p++;
 		if (p > from && m->fd[i] < 0)
 			memset(head + from, 0, (p - from) * sizeof(*head));
 		else if (p > from)
-			e = heads_of_file(m->fd[i], r->file_offset + off + from * PAGE, head + from, p - from);
+			e = heads_of_file(
+				m->fd[i], r->file_offset + off + from * PAGE, head + from, p - from);
 	}
 	if (e || !there)
 		return e;
@@ -368,11 +371,12 @@ int ffs_memory_read_heads(struct ffs_memory *m, unsigned i, uint64_t off, uint64
 	uint64_t len, end;
 	int e = FFS_FAULT("memory-read");
 
-	if (i >= m->geo.n_regions || off % PAGE || ffs_mul_overflow(n, PAGE, &len) || ffs_add_overflow(off, len, &end) ||
-		end > m->geo.regions[i].size)
+	if (i >= m->geo.n_regions || off % PAGE || ffs_mul_overflow(n, PAGE, &len) ||
+		ffs_add_overflow(off, len, &end) || end > m->geo.regions[i].size)
 		return -EINVAL;
 	for (size_t done = 0; !e && done < n; done += BATCH)
-		e = read_heads(m, i, off + done * PAGE, head + done, n - done < BATCH ? (unsigned)(n - done) : BATCH);
+		e = read_heads(m, i, off + done * PAGE, head + done,
+			n - done < BATCH ? (unsigned)(n - done) : BATCH);
 	return e;
 }
 

@@ -73,7 +73,8 @@ static int read_entries(const struct target *t)
 	for (uint64_t at = t->vma->start; at < t->vma->end;) {
 		uint64_t want = (t->vma->end - at) / PAGE;
 		size_t n = want < RANGES ? (size_t)want : RANGES;
-		ssize_t got = ffs_pread_full(t->pagemap, entry, n * sizeof(*entry), at / PAGE * sizeof(*entry));
+		ssize_t got =
+			ffs_pread_full(t->pagemap, entry, n * sizeof(*entry), at / PAGE * sizeof(*entry));
 
 		if (got <= 0)
 			return got < 0 ? (int)got : -ESRCH;
@@ -86,8 +87,8 @@ static int read_entries(const struct target *t)
 	return 0;
 }
 
-int ffs_touched_read(
-	pid_t pid, uint64_t dev, uint64_t ino, uint64_t size, uint64_t unit, uint64_t *map, struct ffs_error *err)
+int ffs_touched_read(pid_t pid, uint64_t dev, uint64_t ino, uint64_t size, uint64_t unit, uint64_t *map,
+	struct ffs_error *err)
 {
 	_cleanup_free_ struct ffs_vma *vma = NULL;
 	struct target t = {.size = size, .unit = unit, .map = map};

@@ -10,5 +10,5 @@
  * process's page tables, the file's own or a private copy. The file is what has these numbers in /proc/PID/maps. What the
  * kernel mapped around a page that was touched counts as touched. -ESRCH: the process is gone; -ENOENT: it has not mapped
  * the file. */
-int ffs_touched_read(
-	pid_t pid, uint64_t dev, uint64_t ino, uint64_t size, uint64_t unit, uint64_t *map, struct ffs_error *err);
+int ffs_touched_read(pid_t pid, uint64_t dev, uint64_t ino, uint64_t size, uint64_t unit, uint64_t *map,
+	struct ffs_error *err);

@@ -193,7 +193,8 @@ static enum ffs_ack_verdict judge(struct ffs_ack_wait *w, const char *text, size
 	if (!b)
 		return FFS_ACK_OTHER;
 	/* where the frame has no room for one the guest cannot know it */
-	if (ack.has_epoch ? memcmp(ack.epoch, w->epoch, 16) != 0 : ffs_mailbox_layout(b->kind)->extension_at != 0)
+	if (ack.has_epoch ? memcmp(ack.epoch, w->epoch, 16) != 0
+			  : ffs_mailbox_layout(b->kind)->extension_at != 0)
 		return FFS_ACK_FORGED;
 	return take(w, b, now_ns);
 }
@@ -241,8 +242,7 @@ void ffs_ack_word(const char *name, const uint8_t epoch[16], uint8_t out[FFS_ACK
 	put_u32(out + 4, ffs_crc32c(ffs_crc32c(0, epoch, 16), name, strlen(name)));
 }
 
-enum ffs_ack_verdict ffs_ack_offer_word(
-	struct ffs_ack_wait *w, unsigned i, const void *word, uint64_t now_ns)
+enum ffs_ack_verdict ffs_ack_offer_word(struct ffs_ack_wait *w, unsigned i, const void *word, uint64_t now_ns)
 {
 	static const uint8_t none[4] = {0};
 	struct ffs_ack_box *b = &w->box[i];
@@ -281,7 +281,8 @@ uint64_t ffs_ack_expire(struct ffs_ack_wait *w, uint64_t now_ns)
 bool ffs_ack_over(const struct ffs_ack_wait *w, enum ffs_mailbox_kind kind)
 {
 	for (unsigned i = 0; i < w->n; i++)
-		if (w->box[i].state == FFS_ACK_PENDING && (kind == FFS_MAILBOX_KINDS || w->box[i].kind == kind))
+		if (w->box[i].state == FFS_ACK_PENDING &&
+			(kind == FFS_MAILBOX_KINDS || w->box[i].kind == kind))
 			return false;
 	return true;
 }

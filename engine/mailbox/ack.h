@@ -29,8 +29,8 @@ bool ffs_ack_parse(const char *text, size_t len, struct ffs_ack *out);
 enum ffs_ack_verdict {
 	FFS_ACK_TAKEN,     /* it is what was waited for */
 	FFS_ACK_MALFORMED, /* no acknowledgement at all */
-	FFS_ACK_OTHER,     /* another stage, or of a mailbox that is not waited for (or whose name two have) */
-	FFS_ACK_FORGED,    /* another epoch, or none where the frame has one */
+	FFS_ACK_OTHER,  /* another stage, or of a mailbox that is not waited for (or whose name two have) */
+	FFS_ACK_FORGED, /* another epoch, or none where the frame has one */
 	FFS_ACK_DUPLICATE, /* came before */
 	FFS_ACK_LATE,      /* its time was over */
 	FFS_ACK_VERDICTS

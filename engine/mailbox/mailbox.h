@@ -173,13 +173,13 @@ bool ffs_json_element(struct ffs_span array, unsigned i, struct ffs_span *value)
  * no escapes. Bytes of the result, which may be as long as `room` at most; -EFBIG; -EINVAL: it has several. */
 #define FFS_ACK_PORT_KEY "ack_port"             /* of UDP */
 #define FFS_ACK_VSOCK_PORT_KEY "ack_vsock_port" /* of the host, by vsock */
-ssize_t ffs_json_add_port(
-	struct ffs_span object, const char *key, unsigned port, char *out, size_t room, struct ffs_error *err);
+ssize_t ffs_json_add_port(struct ffs_span object, const char *key, unsigned port, char *out, size_t room,
+	struct ffs_error *err);
 
 /* The page of a frame as a fork has it: `page` is the branch's, and gets the checked object `payload`. wants_ack: with
  * its flag, and with `port` as the payload's ack_port (0: none). 0 or -errno (-EFBIG: no room), and the page is spoilt. */
-int ffs_mailbox_lay(enum ffs_mailbox_kind kind, struct ffs_span payload, const uint8_t epoch[16], bool wants_ack,
-	unsigned port, void *page, struct ffs_error *err);
+int ffs_mailbox_lay(enum ffs_mailbox_kind kind, struct ffs_span payload, const uint8_t epoch[16],
+	bool wants_ack, unsigned port, void *page, struct ffs_error *err);
 
 /* ---- overlays
  * --------------------------------------------------------------------------------------------------- */

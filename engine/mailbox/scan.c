@@ -19,7 +19,7 @@
 
 #define MAX_THREADS 4
 #define FILE_PIECE (32ull << 20) /* mapped at once */
-#define READ_PIECE (1ull << 20) /* copied at once; the heads of a FILE_PIECE are fewer bytes */
+#define READ_PIECE (1ull << 20)  /* copied at once; the heads of a FILE_PIECE are fewer bytes */
 
 struct scan {
 	const struct ffs_mailbox_memory *mem;

@@ -65,7 +65,8 @@ static ssize_t read_block(struct ffs_checked *c, uint64_t i, char *buf, size_t l
 		return -EIO;
 	h = ffs_hash_of(block, size);
 	if (!ffs_hash_equal(&h, &c->blocks[i])) {
-		ffs_log(FFS_LOG_WARN, "%s/" FFS_MEMORY_DENSE " is damaged at offset %llu: its children are not made of it",
+		ffs_log(FFS_LOG_WARN,
+			"%s/" FFS_MEMORY_DENSE " is damaged at offset %llu: its children are not made of it",
 			c->stored->path, (unsigned long long)start);
 		return -EIO;
 	}

@@ -85,7 +85,8 @@ static int begin(struct ffs_store *st, const char *sandbox, const char *name, st
 	if (r == -EEXIST)
 		ffs_error_set(err, EEXIST, "the store has a branch %s/%s already", sandbox, name);
 	else if (r == -EBUSY)
-		ffs_error_set(err, EBUSY, "branch %s/%s is just being written by another process", sandbox, name);
+		ffs_error_set(
+			err, EBUSY, "branch %s/%s is just being written by another process", sandbox, name);
 	else
 		ffs_store_errno(st, -r, err, "branch %s/%s cannot be written", sandbox, name);
 	/* without its descriptor it is not ours to delete */
@@ -231,8 +232,8 @@ int ffs_draft_file(struct ffs_draft *d, const char *name, int fd, struct ffs_err
 		n = ffs_draft_add_file(d, name, off, &h);
 	}
 	XXH3_freeState(state);
-	return n < 0 ? ffs_store_errno(d->st, (int)-n, err, "%s of branch %s cannot be written", name,
-			       d->label)
+	return n < 0 ? ffs_store_errno(
+			       d->st, (int)-n, err, "%s of branch %s cannot be written", name, d->label)
 		     : 0;
 }
 
@@ -255,11 +256,13 @@ static int copy_extents(int in, int out, uint64_t size, struct ffs_store_progres
 			return -errno;
 		for (off = (uint64_t)data; !r && off < (uint64_t)hole;) {
 			uint64_t left = (uint64_t)hole - off;
-			ssize_t n = ffs_store_ops->pread(in, buf, left < FFS_STORE_BLOCK ? left : FFS_STORE_BLOCK, off);
+			ssize_t n = ffs_store_ops->pread(
+				in, buf, left < FFS_STORE_BLOCK ? left : FFS_STORE_BLOCK, off);
 
 			if (n <= 0)
 				return n < 0 ? (int)n : -EIO;
-			r = ffs_progress_cancelled(p) ? -EINTR : ffs_store_ops->write(out, buf, (size_t)n, off);
+			r = ffs_progress_cancelled(p) ? -EINTR
+						      : ffs_store_ops->write(out, buf, (size_t)n, off);
 			off += (uint64_t)n;
 			ffs_progress_add(p, (uint64_t)n);
 		}
@@ -269,7 +272,8 @@ static int copy_extents(int in, int out, uint64_t size, struct ffs_store_progres
 	return 0;
 }
 
-int ffs_draft_disk(struct ffs_draft *d, const char *id, int fd, struct ffs_store_progress *p, struct ffs_error *err)
+int ffs_draft_disk(
+	struct ffs_draft *d, const char *id, int fd, struct ffs_store_progress *p, struct ffs_error *err)
 {
 	_cleanup_close_ int dir = -1, out = -1;
 	struct stat st;
@@ -289,7 +293,8 @@ int ffs_draft_disk(struct ffs_draft *d, const char *id, int fd, struct ffs_store
 		if (!r)
 			r = copy_extents(fd, out, (uint64_t)st.st_size, p);
 	}
-	return r < 0 ? ffs_store_errno(d->st, -r, err, "disk %s of branch %s cannot be written", id, d->label) : 0;
+	return r < 0 ? ffs_store_errno(d->st, -r, err, "disk %s of branch %s cannot be written", id, d->label)
+		     : 0;
 }
 
 /* ---- memory
@@ -298,7 +303,7 @@ int ffs_draft_disk(struct ffs_draft *d, const char *id, int fd, struct ffs_store
 /* Where the blocks go: one file, or a packer. */
 struct sink {
 	struct ffs_draft *d;
-	int fd; /* dense */
+	int fd;           /* dense */
 	uint64_t started; /* of writing back */
 	struct ffs_packer *packer;
 };
@@ -321,8 +326,8 @@ static int put_dense(struct sink *k, const void *buf, size_t len, uint64_t off)
 
 	if (!r && off + len - k->started >= WRITEBACK) {
 		/* a hint: whether it worked the sync will say */
-		(void)sync_file_range(k->fd, (off_t)k->started, (off_t)(off + len - k->started),
-			SYNC_FILE_RANGE_WRITE);
+		(void)sync_file_range(
+			k->fd, (off_t)k->started, (off_t)(off + len - k->started), SYNC_FILE_RANGE_WRITE);
 		k->started = off + len;
 	}
 	return r;
@@ -355,8 +360,8 @@ static int write_blocks(struct sink *k, const struct ffs_store_source *src, uint
 		if (k->packer)
 			r = ffs_packer_put(k->packer, at, len, at == zeros, err);
 		else if ((r = put_dense(k, at, len, off)) < 0)
-			r = ffs_store_errno(d->st, -r, err, "memory of branch %s cannot be written",
-				d->label);
+			r = ffs_store_errno(
+				d->st, -r, err, "memory of branch %s cannot be written", d->label);
 		if (r < 0)
 			return r;
 		hole -= hole >= len ? len : hole;
@@ -396,7 +401,8 @@ static int write_memory(struct sink *k, const struct ffs_store_source *src, uint
 }
 
 int ffs_draft_memory_from(struct ffs_draft *d, const struct ffs_store_source *src, uint64_t size,
-	enum ffs_store_kind kind, struct ffs_stored *share, struct ffs_store_progress *p, struct ffs_error *err)
+	enum ffs_store_kind kind, struct ffs_stored *share, struct ffs_store_progress *p,
+	struct ffs_error *err)
 {
 	struct sink k = {.d = d, .fd = -1};
 	int r;

@@ -64,11 +64,14 @@ static int put(struct out *o, const void *bytes, size_t len)
 	return 0;
 }
 
-static int put_record(struct out *o, enum ffs_record type, enum ffs_chunk_kind kind, const char *name, uint64_t length,
-	const void *bytes, uint32_t stored)
+static int put_record(struct out *o, enum ffs_record type, enum ffs_chunk_kind kind, const char *name,
+	uint64_t length, const void *bytes, uint32_t stored)
 {
-	struct ffs_record_head h = {
-		.type = type, .kind = kind, .length = length, .stored = stored, .name = (uint32_t)strlen(name)};
+	struct ffs_record_head h = {.type = type,
+		.kind = kind,
+		.length = length,
+		.stored = stored,
+		.name = (uint32_t)strlen(name)};
 	unsigned char head[FFS_RECORD_HEAD];
 	int r;
 
@@ -101,7 +104,8 @@ static int put_memory(struct out *o, uint64_t size, struct ffs_error *err)
 		int r;
 
 		if (n != (ssize_t)len)
-			return ffs_error_set(err, EIO, "%s", why.code ? why.text : "memory is shorter than its size");
+			return ffs_error_set(
+				err, EIO, "%s", why.code ? why.text : "memory is shorter than its size");
 		r = put_data(o, FFS_RECORD_BLOCK, (uint32_t)len);
 		if (r < 0)
 			return r;

@@ -264,7 +264,8 @@ int ffs_fork_file_read(int dir, const char *name, char **text, size_t *len, stru
 		return ffs_error_set(err, EBADMSG, "%s is no file", path);
 	r = read_all(fd, text, len);
 	if (r == -EFBIG)
-		return ffs_error_set(err, EBADMSG, "%s is too large for a fork: more than %u bytes", path, FFS_FORK_FILE_MAX);
+		return ffs_error_set(err, EBADMSG, "%s is too large for a fork: more than %u bytes", path,
+			FFS_FORK_FILE_MAX);
 	return r < 0 ? ffs_error_errno(err, -r, "%s", path) : 0;
 }
 
@@ -276,7 +277,8 @@ static ssize_t read_memory(void *arg, void *buf, size_t len, uint64_t off, struc
 	return ffs_stored_read_memory(arg, buf, len, off, err);
 }
 
-int ffs_stored_fork(struct ffs_stored *s, const char *name, struct ffs_fork_record *out, struct ffs_error *err)
+int ffs_stored_fork(
+	struct ffs_stored *s, const char *name, struct ffs_fork_record *out, struct ffs_error *err)
 {
 	const struct ffs_mailbox_memory mem = {
 		.size = s->m.memory_size, .fd = -1, .read = read_memory, .arg = s};

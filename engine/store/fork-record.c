@@ -75,7 +75,8 @@ static struct json_object *box_object(const struct ffs_fork_box *b)
 	json_object_object_add(o, "offset", json_object_new_int64((int64_t)b->frame.offset));
 	json_object_object_add(o, "payload", json_object_new_string_len(b->text, (int)b->text_len));
 	json_object_object_add(o, "wait_for_ack", json_object_new_boolean(b->wants_ack));
-	json_object_object_add(o, "ack_timeout_ms", json_object_new_int64(b->wants_ack ? b->ack_timeout_ms : 0));
+	json_object_object_add(
+		o, "ack_timeout_ms", json_object_new_int64(b->wants_ack ? b->ack_timeout_ms : 0));
 	json_object_object_add(o, "page", to_hex(b->page, sizeof(b->page)));
 	return o;
 }
@@ -125,8 +126,8 @@ static bool parse_id(struct json_object *o, struct ffs_mailbox_id *id)
 	const char *name = ffs_object_string(o, "name");
 	ssize_t n = from_hex(ffs_object_string(o, "token"), (uint8_t *)id->token, FFS_MAILBOX_TOKEN_MAX);
 
-	if (!parse_kind(ffs_object_string(o, "kind"), &id->kind) || n < 0 || strlen(name) > FFS_MAILBOX_NAME_MAX ||
-		ffs_mailbox_check_name(name, NULL) < 0)
+	if (!parse_kind(ffs_object_string(o, "kind"), &id->kind) || n < 0 ||
+		strlen(name) > FFS_MAILBOX_NAME_MAX || ffs_mailbox_check_name(name, NULL) < 0)
 		return false;
 	memcpy(id->name, name, strlen(name) + 1);
 	id->token_len = (unsigned)n;
@@ -158,8 +159,8 @@ static int parse_text(struct json_object *o, struct ffs_fork_box *b)
 	return ffs_json_object(b->text, b->text_len, &b->payload, NULL) < 0 ? -EBADMSG : 0;
 }
 
-static int parse_box(struct json_object *o, const struct ffs_fork_record *r, struct ffs_fork_box *b, const char *file,
-	struct ffs_error *err)
+static int parse_box(struct json_object *o, const struct ffs_fork_record *r, struct ffs_fork_box *b,
+	const char *file, struct ffs_error *err)
 {
 	uint64_t ms = 0;
 	int got;
@@ -185,7 +186,8 @@ static int parse_box(struct json_object *o, const struct ffs_fork_record *r, str
 	return 0;
 }
 
-static int parse_boxes(struct json_object *o, struct ffs_fork_record *r, const char *file, struct ffs_error *err)
+static int parse_boxes(
+	struct json_object *o, struct ffs_fork_record *r, const char *file, struct ffs_error *err)
 {
 	struct json_object *list = NULL;
 	size_t n = 0;
@@ -218,14 +220,16 @@ static int load(struct json_object *o, const char *name, const char *branch, con
 	if (ffs_check_name("fork", own, NULL) < 0 || strlen(of) >= sizeof(r->branch))
 		return wrong(file, "its name", err);
 	if (name && strcmp(own, name) != 0)
-		return ffs_error_set(err, EBADMSG, "%s is another fork's: it says that it is '%s'", file, own);
-	if (branch && strcmp(of, branch) != 0)
 		return ffs_error_set(
-			err, EBADMSG, "%s is of another branch: of %.36s, and this one is %.36s", file, of, branch);
+			err, EBADMSG, "%s is another fork's: it says that it is '%s'", file, own);
+	if (branch && strcmp(of, branch) != 0)
+		return ffs_error_set(err, EBADMSG, "%s is of another branch: of %.36s, and this one is %.36s",
+			file, of, branch);
 	snprintf(r->name, sizeof(r->name), "%s", own);
 	snprintf(r->branch, sizeof(r->branch), "%s", of);
-	if (!ffs_ack_parse_epoch(ffs_object_string(o, "epoch"), r->epoch) || !ffs_object_size(o, "made_ns", &r->made_ns) ||
-		!ffs_object_size(o, "ack_port", &port) || port > UINT16_MAX)
+	if (!ffs_ack_parse_epoch(ffs_object_string(o, "epoch"), r->epoch) ||
+		!ffs_object_size(o, "made_ns", &r->made_ns) || !ffs_object_size(o, "ack_port", &port) ||
+		port > UINT16_MAX)
 		return wrong(file, "a member", err);
 	r->ack_port = (unsigned)port;
 	return parse_boxes(o, r, file, err);
@@ -271,8 +275,9 @@ static int check_box(const struct ffs_fork_record *r, const struct ffs_fork_box 
 
 	if (n != (ssize_t)sizeof(page))
 		return n < 0 ? (int)n : ffs_error_set(err, EIO, "the branch's memory ends too early");
-	if (!ffs_mailbox_parse(page, &id) || id.kind != b->frame.id.kind || strcmp(id.name, b->frame.id.name) != 0 ||
-		id.token_len != b->frame.id.token_len || memcmp(id.token, b->frame.id.token, id.token_len) != 0)
+	if (!ffs_mailbox_parse(page, &id) || id.kind != b->frame.id.kind ||
+		strcmp(id.name, b->frame.id.name) != 0 || id.token_len != b->frame.id.token_len ||
+		memcmp(id.token, b->frame.id.token, id.token_len) != 0)
 		return ffs_error_set(err, EBADMSG, "the branch has no mailbox '%s' of that token at %#llx",
 			b->frame.id.name, (unsigned long long)b->frame.offset);
 	got = ffs_mailbox_lay(id.kind, b->payload, r->epoch, b->wants_ack, r->ack_port, page, err);

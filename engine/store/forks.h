@@ -24,7 +24,7 @@ struct ffs_fork_record {
 	char name[80];
 	char branch[40]; /* id of the branch that it lies over */
 	uint8_t epoch[16];
-	uint64_t made_ns; /* wall clock */
+	uint64_t made_ns;  /* wall clock */
 	unsigned ack_port; /* in the payloads that want an ACK; 0: in none */
 	unsigned n;
 	struct ffs_fork_box *box; /* owned, and the texts */
@@ -65,6 +65,7 @@ int ffs_fork_files_each(int dir, int (*fn)(void *arg, const char *name), void *a
 /* The bytes; the caller frees them. -EFBIG, -EBADMSG (no file), -errno, with a sentence that names it. */
 int ffs_fork_file_read(int dir, const char *name, char **text, size_t *len, struct ffs_error *err);
 /* Read, parsed, and checked with the memory of its branch. */
-int ffs_stored_fork(struct ffs_stored *s, const char *name, struct ffs_fork_record *out, struct ffs_error *err);
+int ffs_stored_fork(
+	struct ffs_stored *s, const char *name, struct ffs_fork_record *out, struct ffs_error *err);
 /* Every fork of it. */
 int ffs_stored_check_forks(struct ffs_stored *s, struct ffs_error *err);

@@ -67,7 +67,7 @@ static int get_data(struct in *in, void *buf, size_t len, struct ffs_error *err)
 	int r;
 
 	if (h->length != len || h->name || h->kind >= FFS_CHUNK_KINDS ||
-		(h->kind == FFS_CHUNK_ZERO   ? h->stored != 0
+		(h->kind == FFS_CHUNK_ZERO         ? h->stored != 0
 			: h->kind == FFS_CHUNK_RAW ? h->stored != len
 						   : !h->stored || h->stored >= len))
 		return torn(err, "a record makes no sense");
@@ -98,7 +98,8 @@ static int read_block(void *arg, void *buf, size_t len, uint64_t off, struct ffs
 	h = ffs_hash_of(buf, len);
 	if (!ffs_hash_equal(&h, &in->m.blocks[in->next++]))
 		return ffs_error_set(err, EBADMSG,
-			"the stream is damaged: memory at offset %llu has another hash than its manifest says",
+			"the stream is damaged: memory at offset %llu has another hash than its manifest "
+			"says",
 			(unsigned long long)off);
 	return 0;
 }
@@ -159,12 +160,14 @@ static int create(struct ffs_draft *d, const char *name, struct ffs_error *err)
 	} else {
 		if (strncmp(name, FFS_DISKS, strlen(FFS_DISKS)) != 0 ||
 			ffs_check_name("disk", name + strlen(FFS_DISKS), NULL) < 0)
-			return ffs_error_set(err, EBADMSG, "the stream has a file '%.64s' that no branch has", name);
+			return ffs_error_set(
+				err, EBADMSG, "the stream has a file '%.64s' that no branch has", name);
 		r = ffs_store_ops->mkdir(d->fd, "disks");
 		dir = r && r != -EEXIST ? r : ffs_store_open_subdir(d->fd, "disks");
 		fd = dir < 0 ? dir : ffs_store_ops->create(dir, name + strlen(FFS_DISKS));
 	}
-	return fd < 0 ? ffs_store_errno(d->st, -fd, err, "%s of branch %s cannot be written", name, d->label) : fd;
+	return fd < 0 ? ffs_store_errno(d->st, -fd, err, "%s of branch %s cannot be written", name, d->label)
+		      : fd;
 }
 
 /* A file whose head was read. */
@@ -211,7 +214,8 @@ static int get_file(struct in *in, struct ffs_draft *d, unsigned char *buf, stru
 
 	XXH3_freeState(state);
 	if (!r && !ffs_hash_equal(&h, &e->hash))
-		r = ffs_error_set(err, EBADMSG, "the stream is damaged: %s has another hash than its manifest says", name);
+		r = ffs_error_set(err, EBADMSG,
+			"the stream is damaged: %s has another hash than its manifest says", name);
 	return r ? r : ffs_draft_add_file(d, name, size, &h);
 }
 
@@ -246,7 +250,9 @@ static int get_fork(struct in *in, struct ffs_draft *d, struct ffs_error *err)
 		r = ffs_fork_file_publish(d->fd, name, true, &there);
 	if (r == -EEXIST)
 		return torn(err, "a fork is there twice");
-	return r < 0 ? ffs_store_errno(d->st, -r, err, "fork %s of branch %s cannot be written", name, d->label) : 0;
+	return r < 0 ? ffs_store_errno(
+			       d->st, -r, err, "fork %s of branch %s cannot be written", name, d->label)
+		     : 0;
 }
 
 /* Files, forks, then the end. */
@@ -270,8 +276,8 @@ static int get_rest(struct in *in, struct ffs_draft *d, struct ffs_error *err)
 	}
 	if (r < 0)
 		return r;
-	if (in->head.type != FFS_RECORD_END || in->head.length != sizeof(said) || in->head.stored || in->head.name ||
-		in->head.kind != FFS_CHUNK_RAW)
+	if (in->head.type != FFS_RECORD_END || in->head.length != sizeof(said) || in->head.stored ||
+		in->head.name || in->head.kind != FFS_CHUNK_RAW)
 		return torn(err, "its end makes no sense");
 	if (files != want)
 		return torn(err, "a file is missing");
@@ -317,14 +323,15 @@ static enum ffs_store_kind kind_of(struct json_object *o)
 	enum ffs_store_kind k;
 
 	if (json_object_object_get_ex(o, "store", &store) && json_object_is_type(store, json_type_object) &&
-		json_object_object_get_ex(store, "kind", &kind) && json_object_is_type(kind, json_type_string) &&
+		json_object_object_get_ex(store, "kind", &kind) &&
+		json_object_is_type(kind, json_type_string) &&
 		ffs_store_kind_parse(json_object_get_string(kind), &k) && k != FFS_STORE_MEMORY)
 		return k;
 	return FFS_STORE_DENSE;
 }
 
-int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const char *name, enum ffs_store_kind kind,
-	struct ffs_store_progress *p, struct ffs_error *err)
+int ffs_store_import(struct ffs_store *st, int fd, const char *sandbox, const char *name,
+	enum ffs_store_kind kind, struct ffs_store_progress *p, struct ffs_error *err)
 {
 	struct in in = {.fd = fd, .p = p, .state = XXH3_createState(), .packed = malloc(FFS_STORE_BLOCK)};
 	struct ffs_store_source src = {.read = read_block, .arg = &in};

@@ -167,8 +167,9 @@ static int check_header(const unsigned char *b, size_t len, struct ffs_error *er
 		return damaged(err, "it is no index");
 	if (get32(b + 8) > FFS_STORE_FORMAT)
 		return ffs_error_set(err, ENOTSUP,
-			FFS_MEMORY_INDEX " is of format %u, written by a newer forkfs: this one reads format %u at "
-					 "most, use that version",
+			FFS_MEMORY_INDEX
+			" is of format %u, written by a newer forkfs: this one reads format %u at "
+			"most, use that version",
 			get32(b + 8), FFS_STORE_FORMAT);
 	uint64_t size = get64(b + 24), n = get64(b + 32);
 	uint32_t n_packs = get32(b + 20);
@@ -181,9 +182,9 @@ static int check_header(const unsigned char *b, size_t len, struct ffs_error *er
 		return damaged(err, "its numbers do not agree with its length");
 	struct layout l = lay_out(n, n_packs);
 
-	if (l.end != len || get64(b + 40) != l.packs || get64(b + 48) != l.hash || get64(b + 56) != l.offset ||
-		get64(b + 64) != l.stored || get64(b + 72) != l.pack || get64(b + 80) != l.kind ||
-		get64(b + 88) != l.end)
+	if (l.end != len || get64(b + 40) != l.packs || get64(b + 48) != l.hash ||
+		get64(b + 56) != l.offset || get64(b + 64) != l.stored || get64(b + 72) != l.pack ||
+		get64(b + 80) != l.kind || get64(b + 88) != l.end)
 		return damaged(err, "its parts are not where they belong");
 	return 0;
 }

@@ -46,7 +46,9 @@ static struct json_object *packs_of(const struct ffs_stored *s)
 		add_u64(o, "size", e->size);
 		add_hash(o, "xxh3_128", &e->hash);
 		for (uint64_t c = 0; c < s->index.n_chunks; c++)
-			used += s->index.kind[c] != FFS_CHUNK_ZERO && s->index.pack[c] == i ? s->index.stored[c] : 0;
+			used += s->index.kind[c] != FFS_CHUNK_ZERO && s->index.pack[c] == i
+					? s->index.stored[c]
+					: 0;
 		/* a chunk that occurs twice counts twice */
 		add_u64(o, "referenced", used);
 		if (fstatat(s->dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0)

@@ -34,16 +34,17 @@
 enum ffs_rename { FFS_RENAME_NEW, FFS_RENAME_OVER, FFS_RENAME_EXCHANGE };
 
 struct ffs_store_ops {
-	int (*mkdir)(int dir, const char *name);                     /* mode 0700 */
-	int (*create)(int dir, const char *name);                    /* a new file, 0600, read-write */
+	int (*mkdir)(int dir, const char *name);                         /* mode 0700 */
+	int (*create)(int dir, const char *name);                        /* a new file, 0600, read-write */
 	int (*write)(int fd, const void *buf, size_t len, uint64_t off); /* all of it */
-	int (*allocate)(int fd, uint64_t size);                      /* -ENOTSUP: the file system cannot */
+	int (*allocate)(int fd, uint64_t size); /* -ENOTSUP: the file system cannot */
 	int (*fsync)(int fd);
 	int (*rename)(int dir, const char *from, const char *to, enum ffs_rename how);
 	int (*link)(int from_dir, const char *from, int dir, const char *to);
 	int (*unlink)(int dir, const char *name, bool directory);
-	ssize_t (*pread)(int fd, void *buf, size_t len, uint64_t off); /* all of it, but at the end of the file */
-	ssize_t (*read)(int fd, void *buf, size_t len);                /* what there is */
+	ssize_t (*pread)(
+		int fd, void *buf, size_t len, uint64_t off); /* all of it, but at the end of the file */
+	ssize_t (*read)(int fd, void *buf, size_t len);       /* what there is */
 };
 extern const struct ffs_store_ops ffs_store_ops_real;
 /* What is used; tests put a table of their own here. */
@@ -99,19 +100,20 @@ struct ffs_draft {
 	struct ffs_store *st;
 	int parent, fd;
 	char sandbox[80], label[FFS_NAME_MAX]; /* sandbox/name as it began, for messages; fixed */
-	pthread_mutex_t lock; /* of what follows: rename, discard and publish meet there */
+	pthread_mutex_t lock;                  /* of what follows: rename, discard and publish meet there */
 	char name[80];
 	char dir[FFS_NAME_MAX]; /* its directory's name today */
 	atomic_bool discarded;
 	bool published;
-	struct ffs_stored *replaces; /* referenced: the branch whose place it takes; NULL: none has the name */
+	struct ffs_stored
+		*replaces; /* referenced: the branch whose place it takes; NULL: none has the name */
 	/* the writer's own: */
 	enum ffs_store_kind kind;
 	uint64_t memory_size, began_ns;
 	struct ffs_hash memory_hash, *blocks;
 	uint64_t n_blocks;
 	char shared_id[40], shared_name[80]; /* the branch whose packs it has links to */
-	struct ffs_file_entry *files; /* whose hashes are known from writing them */
+	struct ffs_file_entry *files;        /* whose hashes are known from writing them */
 	unsigned n_files, room_files;
 };
 int ffs_draft_add_file(struct ffs_draft *d, const char *name, uint64_t size, const struct ffs_hash *hash);
@@ -127,11 +129,12 @@ struct ffs_seal {
 	size_t max;             /* bytes of a text; more are refused (EFBIG) */
 };
 /* The text of an object, with its checksum as the last member; the caller frees it. */
-int ffs_seal_text(const struct ffs_seal *s, struct json_object *o, char **out, size_t *len, struct ffs_error *err);
+int ffs_seal_text(
+	const struct ffs_seal *s, struct json_object *o, char **out, size_t *len, struct ffs_error *err);
 /* Parse and check a text (len bytes; no NUL need follow): the format's version, its own checksum where it has one
  * (*sealed). */
-int ffs_seal_parse(const struct ffs_seal *s, const char *text, size_t len, struct json_object **out, bool *sealed,
-	struct ffs_error *err);
+int ffs_seal_parse(const struct ffs_seal *s, const char *text, size_t len, struct json_object **out,
+	bool *sealed, struct ffs_error *err);
 /* A member; "" where there is no such string. */
 const char *ffs_object_string(struct json_object *o, const char *key);
 /* False: there is none, or it is no size. */
@@ -141,7 +144,8 @@ bool ffs_object_size(struct json_object *o, const char *key, uint64_t *out);
  * ----------------------------------------------------------------------------------- */
 
 /* ffs_seal_parse() and ffs_seal_text() of a manifest. */
-int ffs_manifest_parse(const char *text, size_t len, struct json_object **out, bool *sealed, struct ffs_error *err);
+int ffs_manifest_parse(
+	const char *text, size_t len, struct json_object **out, bool *sealed, struct ffs_error *err);
 int ffs_manifest_text(struct json_object *o, char **out, size_t *len, struct ffs_error *err);
 /* Replace the store's own members. */
 int ffs_manifest_fill(struct json_object *o, const struct ffs_draft *d, const struct ffs_file_entry *files,
@@ -200,10 +204,11 @@ void ffs_pack_header(unsigned char out[FFS_PACK_HEADER], const unsigned char id[
  * -------------------------------------------------------------------------------------------------- */
 
 struct ffs_packer;
-int ffs_packer_new(struct ffs_draft *d, uint64_t memory_size, struct ffs_stored *share, struct ffs_packer **out,
-	struct ffs_error *err);
+int ffs_packer_new(struct ffs_draft *d, uint64_t memory_size, struct ffs_stored *share,
+	struct ffs_packer **out, struct ffs_error *err);
 /* Chunks in order; len is a multiple of the chunk but at the end. `zero`: all zeros, known without looking. */
-int ffs_packer_put(struct ffs_packer *p, const unsigned char *buf, size_t len, bool zero, struct ffs_error *err);
+int ffs_packer_put(
+	struct ffs_packer *p, const unsigned char *buf, size_t len, bool zero, struct ffs_error *err);
 int ffs_packer_finish(struct ffs_packer *p, struct ffs_error *err);
 void ffs_packer_free(struct ffs_packer *p);
 
@@ -253,7 +258,8 @@ void ffs_packed_close(struct ffs_stored *s);
 
 /* The packed branch whose chunks one with this manifest most likely has: its parent, wherever it is in the store, else
  * the sandbox's youngest. A reference, or NULL. */
-struct ffs_stored *ffs_store_find_share(struct ffs_store *st, const char *sandbox, const struct ffs_manifest *m);
+struct ffs_stored *ffs_store_find_share(
+	struct ffs_store *st, const char *sandbox, const struct ffs_manifest *m);
 
 /* ---- verify.c
  * ----------------------------------------------------------------------------------------------------------- */

@@ -12,7 +12,8 @@
 #include <string.h>
 #include <time.h>
 
-static const struct ffs_seal seal = {.file = FFS_MANIFEST, .key = "manifest_xxh3_128", .max = FFS_MANIFEST_MAX};
+static const struct ffs_seal seal = {
+	.file = FFS_MANIFEST, .key = "manifest_xxh3_128", .max = FFS_MANIFEST_MAX};
 
 /* ---- writing
  * ----------------------------------------------------------------------------------------------------------- */
@@ -94,7 +95,8 @@ int ffs_manifest_text(struct json_object *o, char **out, size_t *len, struct ffs
 /* ---- reading
  * ----------------------------------------------------------------------------------------------------------- */
 
-int ffs_manifest_parse(const char *text, size_t len, struct json_object **out, bool *sealed, struct ffs_error *err)
+int ffs_manifest_parse(
+	const char *text, size_t len, struct json_object **out, bool *sealed, struct ffs_error *err)
 {
 	return ffs_seal_parse(&seal, text, len, out, sealed, err);
 }
@@ -123,7 +125,8 @@ static bool good_path(const char *name)
 {
 	size_t n = strlen(name);
 
-	if (n < 1 || n >= sizeof(((struct ffs_file_entry *)NULL)->name) || name[0] == '/' || name[n - 1] == '/')
+	if (n < 1 || n >= sizeof(((struct ffs_file_entry *)NULL)->name) || name[0] == '/' ||
+		name[n - 1] == '/')
 		return false;
 	for (const char *p = name; p; p = strchr(p, '/')) {
 		p += *p == '/';
@@ -151,7 +154,8 @@ static int load_files(struct json_object *o, struct ffs_manifest *m)
 		struct ffs_file_entry *e = &m->files[i];
 
 		if (!json_object_is_type(f, json_type_object) || !good_path(ffs_object_string(f, "name")) ||
-			!ffs_object_size(f, "size", &e->size) || !ffs_hash_parse(ffs_object_string(f, "xxh3_128"), &e->hash))
+			!ffs_object_size(f, "size", &e->size) ||
+			!ffs_hash_parse(ffs_object_string(f, "xxh3_128"), &e->hash))
 			return -EBADMSG;
 		snprintf(e->name, sizeof(e->name), "%s", ffs_object_string(f, "name"));
 		m->n_files++;
@@ -168,7 +172,8 @@ static int load_blocks(struct json_object *memory, struct ffs_manifest *m)
 		return 0;
 	m->n_blocks = m->memory_size / FFS_STORE_BLOCK + (m->memory_size % FFS_STORE_BLOCK != 0);
 	if (!ffs_object_size(memory, "block_size", &unit) || unit != FFS_STORE_BLOCK ||
-		!json_object_is_type(list, json_type_array) || json_object_array_length(list) != m->n_blocks ||
+		!json_object_is_type(list, json_type_array) ||
+		json_object_array_length(list) != m->n_blocks ||
 		!ffs_hash_parse(ffs_object_string(memory, "xxh3_128"), &m->memory_hash))
 		return -EBADMSG;
 	m->blocks = calloc(m->n_blocks ? m->n_blocks : 1, sizeof(*m->blocks));
@@ -191,7 +196,8 @@ static void load_owner(struct json_object *o, struct ffs_manifest *m)
 	uint64_t uid, gid;
 
 	if (!json_object_object_get_ex(o, "owner", &owner) || !json_object_is_type(owner, json_type_object) ||
-		!ffs_object_size(owner, "uid", &uid) || !ffs_object_size(owner, "gid", &gid) || uid >= UINT32_MAX || gid >= UINT32_MAX)
+		!ffs_object_size(owner, "uid", &uid) || !ffs_object_size(owner, "gid", &gid) ||
+		uid >= UINT32_MAX || gid >= UINT32_MAX)
 		return;
 	m->has_owner = true;
 	m->uid = (uid_t)uid;
@@ -213,8 +219,10 @@ int ffs_manifest_load(struct json_object *o, bool blocks, struct ffs_manifest *o
 	snprintf(m.sandbox, sizeof(m.sandbox), "%.64s", ffs_object_string(o, "sandbox"));
 	m.time_ns = parse_time(ffs_object_string(o, "instant"));
 	load_owner(o, &m);
-	if (!json_object_is_type(memory, json_type_object) || !json_object_is_type(vmstate, json_type_object) ||
-		!ffs_object_size(memory, "size", &m.memory_size) || !ffs_object_size(vmstate, "size", &m.vmstate_size) ||
+	if (!json_object_is_type(memory, json_type_object) ||
+		!json_object_is_type(vmstate, json_type_object) ||
+		!ffs_object_size(memory, "size", &m.memory_size) ||
+		!ffs_object_size(vmstate, "size", &m.vmstate_size) ||
 		m.memory_size > INT64_MAX - FFS_STORE_BLOCK)
 		r = -EBADMSG;
 	if (!r && blocks)
@@ -223,7 +231,8 @@ int ffs_manifest_load(struct json_object *o, bool blocks, struct ffs_manifest *o
 		r = load_files(o, &m);
 	if (r < 0) {
 		ffs_manifest_clear(&m);
-		return ffs_error_set(err, -r, r == -ENOMEM ? "no memory" : FFS_MANIFEST " has members that make no sense");
+		return ffs_error_set(
+			err, -r, r == -ENOMEM ? "no memory" : FFS_MANIFEST " has members that make no sense");
 	}
 	*out = m;
 	return 0;

@@ -54,8 +54,9 @@ static int real_fsync(int fd)
 
 static int real_rename(int dir, const char *from, const char *to, enum ffs_rename how)
 {
-	static const unsigned flags[] = {
-		[FFS_RENAME_NEW] = RENAME_NOREPLACE, [FFS_RENAME_OVER] = 0, [FFS_RENAME_EXCHANGE] = RENAME_EXCHANGE};
+	static const unsigned flags[] = {[FFS_RENAME_NEW] = RENAME_NOREPLACE,
+		[FFS_RENAME_OVER] = 0,
+		[FFS_RENAME_EXCHANGE] = RENAME_EXCHANGE};
 
 	return renameat2(dir, from, dir, to, flags[how]) < 0 ? -errno : 0;
 }

@@ -209,7 +209,8 @@ static int link_pack(struct ffs_packer *p, uint16_t theirs)
 	pack_name(to, p->x.n_packs);
 	r = ffs_store_ops->link(p->share->dir, from, p->d->fd, to);
 	if (r < 0)
-		return r == -EMLINK || r == -EPERM || r == -EXDEV || r == -ENOTSUP || r == -ENOENT ? REFUSED : r;
+		return r == -EMLINK || r == -EPERM || r == -EXDEV || r == -ENOTSUP || r == -ENOENT ? REFUSED
+												   : r;
 	n = add_pack(p);
 	if (n < 0)
 		return n;
@@ -257,7 +258,8 @@ static int try_share(struct ffs_packer *p, const unsigned char *chunk, uint32_t 
 static int store_chunk(struct ffs_packer *p, const unsigned char *chunk, uint32_t len)
 {
 	/* a chunk that compression does not make smaller by a sixteenth is faster to read as it is */
-	int n = LZ4_compress_default((const char *)chunk, (char *)p->compressed, (int)len, (int)(len - len / 16 - 1));
+	int n = LZ4_compress_default(
+		(const char *)chunk, (char *)p->compressed, (int)len, (int)(len - len / 16 - 1));
 	uint32_t stored = n > 0 ? (uint32_t)n : len;
 	int r = 0;
 
@@ -291,7 +293,8 @@ static int put_chunk(struct ffs_packer *p, const unsigned char *chunk, uint32_t 
 	return r ? (r > 0 ? 0 : r) : store_chunk(p, chunk, len);
 }
 
-int ffs_packer_put(struct ffs_packer *p, const unsigned char *buf, size_t len, bool zero, struct ffs_error *err)
+int ffs_packer_put(
+	struct ffs_packer *p, const unsigned char *buf, size_t len, bool zero, struct ffs_error *err)
 {
 	for (size_t done = 0; done < len;) {
 		uint32_t n = len - done < FFS_STORE_CHUNK ? (uint32_t)(len - done) : FFS_STORE_CHUNK;
@@ -332,7 +335,8 @@ static int begin(struct ffs_packer *p, uint64_t memory_size, struct ffs_stored *
 	p->other = malloc(FFS_STORE_CHUNK);
 	p->state = XXH3_createState();
 	p->shared_packs = p->share ? calloc(p->share->index.n_packs + 1, sizeof(int)) : NULL;
-	if (!p->table || !p->buf || !p->compressed || !p->other || !p->state || (p->share && !p->shared_packs))
+	if (!p->table || !p->buf || !p->compressed || !p->other || !p->state ||
+		(p->share && !p->shared_packs))
 		return -ENOMEM;
 	memset(p->table, 0xff, room * sizeof(*p->table));
 	if (!p->share)
@@ -345,8 +349,8 @@ static int begin(struct ffs_packer *p, uint64_t memory_size, struct ffs_stored *
 	return 0;
 }
 
-int ffs_packer_new(struct ffs_draft *d, uint64_t memory_size, struct ffs_stored *share, struct ffs_packer **out,
-	struct ffs_error *err)
+int ffs_packer_new(struct ffs_draft *d, uint64_t memory_size, struct ffs_stored *share,
+	struct ffs_packer **out, struct ffs_error *err)
 {
 	struct ffs_packer *p = calloc(1, sizeof(*p));
 	int r;

@@ -55,9 +55,8 @@ static int load_index(struct ffs_stored *s, struct ffs_error *err)
 	if (r < 0)
 		ffs_error_prefix(err, "%s", s->path);
 	else if (s->index.memory_size != s->m.memory_size)
-		r = ffs_error_set(err, EBADMSG, "%s: " FFS_MEMORY_INDEX " and " FFS_MANIFEST
-						" are of different memories",
-			s->path);
+		r = ffs_error_set(err, EBADMSG,
+			"%s: " FFS_MEMORY_INDEX " and " FFS_MANIFEST " are of different memories", s->path);
 	return r;
 }
 
@@ -80,7 +79,8 @@ static int open_pack(struct ffs_stored *s, uint32_t i, struct ffs_error *err)
 		return ffs_error_errno(err, (int)-n, "%s/%s", s->path, name);
 	if ((uint64_t)st.st_size != s->index.packs[i].size || n != (ssize_t)sizeof(is) ||
 		memcmp(is, want, sizeof(is)) != 0)
-		return ffs_error_set(err, EBADMSG, "%s/%s is not the pack that the index names", s->path, name);
+		return ffs_error_set(
+			err, EBADMSG, "%s/%s is not the pack that the index names", s->path, name);
 	return 0;
 }
 
@@ -161,13 +161,15 @@ int ffs_packed_chunk(struct ffs_stored *s, uint64_t chunk, bool checked, void *o
 		ffs_chunk_decode(x->kind[chunk], in, stored, out, len, checked ? &x->hash[chunk] : NULL))
 		return 0;
 	return ffs_error_set(err, EIO,
-		"%s: memory at offset %llu is damaged (" FFS_MEMORY_PACK "%u at %u%s): forkfs verify says what else is",
+		"%s: memory at offset %llu is damaged (" FFS_MEMORY_PACK
+		"%u at %u%s): forkfs verify says what else is",
 		s->path, (unsigned long long)chunk * FFS_STORE_CHUNK, x->pack[chunk], x->offset[chunk],
 		n < 0 ? ", it cannot be read" : "");
 }
 
 /* A part of a chunk, by way of the slot it falls into: readers come back for the rest. */
-static int read_part(struct ffs_stored *s, uint64_t chunk, void *buf, size_t skip, size_t len, struct ffs_error *err)
+static int read_part(
+	struct ffs_stored *s, uint64_t chunk, void *buf, size_t skip, size_t len, struct ffs_error *err)
 {
 	struct ffs_chunk_slot *slot = &s->slots[chunk % FFS_CHUNK_SLOTS];
 	int r = 0;

@@ -197,12 +197,14 @@ int ffs_store_publish(struct ffs_draft *d, struct json_object *manifest, const s
 			gate->leave(gate->arg, r);
 	}
 	if (r == -EEXIST)
-		return ffs_error_set(err, EEXIST, "the store has a branch %s/%s already", d->sandbox, d->name);
+		return ffs_error_set(
+			err, EEXIST, "the store has a branch %s/%s already", d->sandbox, d->name);
 	if (r == -ENOENT && d->replaces)
 		return ffs_error_set(err, ENOENT, "branch %s was renamed or removed meanwhile", d->label);
 	if (r == -EINVAL && d->replaces)
 		return ffs_error_set(err, EOPNOTSUPP,
-			"branch %s cannot be converted in place: the file system of the store cannot exchange two "
+			"branch %s cannot be converted in place: the file system of the store cannot "
+			"exchange two "
 			"names (export and import it instead)",
 			d->label);
 	if (r == -ECANCELED)

@@ -17,7 +17,8 @@
 #define MAX_DEPTH 32
 #define HEAD_MAX 64
 
-int ffs_seal_text(const struct ffs_seal *s, struct json_object *o, char **out, size_t *len, struct ffs_error *err)
+int ffs_seal_text(
+	const struct ffs_seal *s, struct json_object *o, char **out, size_t *len, struct ffs_error *err)
 {
 	struct ffs_hash h;
 	char *text = NULL;
@@ -42,13 +43,15 @@ int ffs_seal_text(const struct ffs_seal *s, struct json_object *o, char **out, s
 static int check_seal(const struct ffs_seal *s, const char *text, size_t len)
 {
 	char head[HEAD_MAX], hex[33];
-	size_t tail = strlen(TAIL), n = (size_t)snprintf(head, sizeof(head), "\"%s\":\"", s->key), need = tail + 32 + n;
+	size_t tail = strlen(TAIL), n = (size_t)snprintf(head, sizeof(head), "\"%s\":\"", s->key),
+	       need = tail + 32 + n;
 	_cleanup_free_ char *copy = NULL;
 	struct ffs_hash want, is;
 
 	if (!memmem(text, len, head, n - 2))
 		return 0;
-	if (len < need || memcmp(text + len - tail, TAIL, tail) != 0 || memcmp(text + len - need, head, n) != 0)
+	if (len < need || memcmp(text + len - tail, TAIL, tail) != 0 ||
+		memcmp(text + len - need, head, n) != 0)
 		return -EBADMSG;
 	memcpy(hex, text + len - tail - 32, 32);
 	hex[32] = '\0';
@@ -87,8 +90,8 @@ static bool only_space(const char *text, size_t len)
 	return !len;
 }
 
-int ffs_seal_parse(const struct ffs_seal *s, const char *text, size_t len, struct json_object **out, bool *sealed,
-	struct ffs_error *err)
+int ffs_seal_parse(const struct ffs_seal *s, const char *text, size_t len, struct json_object **out,
+	bool *sealed, struct ffs_error *err)
 {
 	struct json_tokener *tok = len <= s->max ? json_tokener_new_ex(MAX_DEPTH) : NULL;
 	struct json_object *o;

@@ -48,8 +48,8 @@ int ffs_store_errno(const struct ffs_store *st, int code, struct ffs_error *err,
 	vsnprintf(what, sizeof(what), fmt, ap);
 	va_end(ap);
 	if (code == ENOSPC || code == EDQUOT)
-		return ffs_error_set(err, code, "%s: %s: make room in the store %s (forkfs rm) or enlarge it", what,
-			strerror(code), st->path);
+		return ffs_error_set(err, code, "%s: %s: make room in the store %s (forkfs rm) or enlarge it",
+			what, strerror(code), st->path);
 	return ffs_error_errno(err, code, "%s", what);
 }
 
@@ -116,7 +116,8 @@ int ffs_store_check_name(const char *name, struct ffs_error *err)
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(taken); i++)
 		if (ffs_has_suffix(name, taken[i]))
 			return ffs_error_set(err, EINVAL,
-				"branch name \"%.80s\": names that end in %s belong to the store", name, taken[i]);
+				"branch name \"%.80s\": names that end in %s belong to the store", name,
+				taken[i]);
 	return 0;
 }
 
@@ -230,7 +231,8 @@ static int record_failure(struct ffs_store *st, int dir, const char *name, const
 	json_object_object_add(o, "format", json_object_new_int(FFS_STORE_FORMAT));
 	json_object_object_add(o, "name", json_object_new_string(name));
 	json_object_object_add(o, "error", json_object_new_string(why));
-	const char *text = json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
+	const char *text =
+		json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
 
 	r = ffs_store_ops->unlink(dir, fresh, false);
 	if (r == -ENOENT)
@@ -317,7 +319,8 @@ int ffs_store_remove(struct ffs_store *st, const char *sandbox, const char *name
 	}
 	if (r == -ENOENT)
 		return ffs_error_set(err, ENOENT, "the store has no branch %s/%s", sandbox, name);
-	return r < 0 ? ffs_store_errno(st, -r, err, "branch %s/%s cannot be removed from the store", sandbox, name)
+	return r < 0 ? ffs_store_errno(
+			       st, -r, err, "branch %s/%s cannot be removed from the store", sandbox, name)
 		     : 0;
 }
 
@@ -348,8 +351,8 @@ int ffs_store_reap(struct ffs_store *st, const char *sandbox, struct ffs_error *
 		       : ffs_store_errno(st, -r, err, "the directory of %s cannot be removed", sandbox);
 }
 
-int ffs_store_rename(struct ffs_store *st, const char *sandbox, const char *from, const char *to,
-	struct ffs_error *err)
+int ffs_store_rename(
+	struct ffs_store *st, const char *sandbox, const char *from, const char *to, struct ffs_error *err)
 {
 	_cleanup_close_ int dir = ffs_store_open_subdir(st->fd, sandbox);
 	char failed_from[FFS_NAME_MAX], failed_to[FFS_NAME_MAX];
@@ -362,8 +365,8 @@ int ffs_store_rename(struct ffs_store *st, const char *sandbox, const char *from
 	}
 	if (!r)
 		r = ffs_store_ops->fsync(dir);
-	return r < 0 ? ffs_store_errno(st, -r, err, "branch %s/%s cannot be renamed to %s in the store", sandbox,
-			       from, to)
+	return r < 0 ? ffs_store_errno(st, -r, err, "branch %s/%s cannot be renamed to %s in the store",
+			       sandbox, from, to)
 		     : 0;
 }
 
@@ -394,7 +397,8 @@ static int recover_draft(struct recovery *r, int dir, const char *name)
 	if (fd >= 0 && ffs_lock(fd) == -EWOULDBLOCK)
 		return 0;
 	if (plain(branch) && fstatat(dir, branch, &s, AT_SYMLINK_NOFOLLOW) < 0) {
-		ffs_log(FFS_LOG_WARN, "store: branch %s/%s was not complete when its daemon ended: it has failed",
+		ffs_log(FFS_LOG_WARN,
+			"store: branch %s/%s was not complete when its daemon ended: it has failed",
 			r->sandbox, branch);
 		code = record_failure(r->st, dir, branch,
 			"the daemon ended while the branch was being written to the store");
@@ -442,7 +446,8 @@ static int lock_store(struct ffs_store *st, struct ffs_error *err)
 	ffs_close_fd(&st->lock);
 	if (code == -EWOULDBLOCK)
 		return ffs_error_set(err, EBUSY,
-			"the store %s is served by another forkfs daemon: give each mount a store of its own, or end that "
+			"the store %s is served by another forkfs daemon: give each mount a store of its "
+			"own, or end that "
 			"one",
 			st->path);
 	return ffs_error_errno(err, -code, "the store %s cannot be locked", st->path);

@@ -83,8 +83,8 @@ int ffs_store_remove(struct ffs_store *st, const char *sandbox, const char *name
 /* Delete the files of what was removed in a sandbox. */
 int ffs_store_reap(struct ffs_store *st, const char *sandbox, struct ffs_error *err);
 /* Durable when it returns; -EEXIST. */
-int ffs_store_rename(struct ffs_store *st, const char *sandbox, const char *from, const char *to,
-	struct ffs_error *err);
+int ffs_store_rename(
+	struct ffs_store *st, const char *sandbox, const char *from, const char *to, struct ffs_error *err);
 /* A branch's directory, for the files of its forks (forks.h): a descriptor that the caller closes, or -errno. */
 int ffs_store_branch_dir(struct ffs_store *st, const char *sandbox, const char *name);
 
@@ -117,12 +117,14 @@ struct ffs_store_source {
 	void *arg;
 };
 int ffs_draft_memory_from(struct ffs_draft *d, const struct ffs_store_source *src, uint64_t size,
-	enum ffs_store_kind kind, struct ffs_stored *share, struct ffs_store_progress *p, struct ffs_error *err);
+	enum ffs_store_kind kind, struct ffs_stored *share, struct ffs_store_progress *p,
+	struct ffs_error *err);
 /* Write a file, `vmstate` say, from a descriptor (from its offset 0 to its end). */
 int ffs_draft_file(struct ffs_draft *d, const char *name, int fd, struct ffs_error *err);
 
 /* Write a disk as disks/ID: cloned where the file system can, else copied with its holes. */
-int ffs_draft_disk(struct ffs_draft *d, const char *id, int fd, struct ffs_store_progress *p, struct ffs_error *err);
+int ffs_draft_disk(
+	struct ffs_draft *d, const char *id, int fd, struct ffs_store_progress *p, struct ffs_error *err);
 
 /* Held around the one step after which the branch exists, so that its name does not change meanwhile. `enter`
  * returns 0, or -errno to give the branch up. */
@@ -174,7 +176,8 @@ uint64_t ffs_stored_manifest_size(const struct ffs_stored *s);
 ssize_t ffs_stored_read_manifest(struct ffs_stored *s, void *buf, size_t len, uint64_t off);
 
 /* Bytes read (short at the end only) or -errno. A packed chunk that is damaged gives -EIO, never wrong bytes. */
-ssize_t ffs_stored_read_memory(struct ffs_stored *s, void *buf, size_t len, uint64_t off, struct ffs_error *err);
+ssize_t ffs_stored_read_memory(
+	struct ffs_stored *s, void *buf, size_t len, uint64_t off, struct ffs_error *err);
 ssize_t ffs_stored_read_vmstate(struct ffs_stored *s, void *buf, size_t len, uint64_t off);
 /* Memory for who makes other branches of it: a block of a dense one is compared with the manifest's hash before anything
  * of it is given out, so that damage is not handed on (-EIO). It has descriptors of its own, all open, and can be read to

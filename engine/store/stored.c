@@ -64,14 +64,15 @@ static int find_kind(struct ffs_stored *s, struct ffs_error *err)
 		s->kind = FFS_STORE_DENSE;
 		if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size != s->m.memory_size)
 			return ffs_error_set(err, EBADMSG,
-				"%s/" FFS_MEMORY_DENSE " has %lld bytes and not the %llu that " FFS_MANIFEST " says",
+				"%s/" FFS_MEMORY_DENSE " has %lld bytes and not the %llu that " FFS_MANIFEST
+				" says",
 				s->path, (long long)st.st_size, (unsigned long long)s->m.memory_size);
 		return 0;
 	}
 	s->kind = FFS_STORE_PACKED;
 	if (fstatat(s->dir, FFS_MEMORY_INDEX, &st, AT_SYMLINK_NOFOLLOW) < 0)
-		return ffs_error_set(err, EBADMSG, "%s has neither " FFS_MEMORY_DENSE " nor " FFS_MEMORY_INDEX,
-			s->path);
+		return ffs_error_set(
+			err, EBADMSG, "%s has neither " FFS_MEMORY_DENSE " nor " FFS_MEMORY_INDEX, s->path);
 	return 0;
 }
 
@@ -103,7 +104,8 @@ static int add_sizes(struct ffs_stored *s, int dir, unsigned depth)
 	return 0;
 }
 
-static int open_at(int parent, const char *name, const char *path, struct ffs_stored **out, struct ffs_error *err)
+static int open_at(
+	int parent, const char *name, const char *path, struct ffs_stored **out, struct ffs_error *err)
 {
 	struct ffs_stored *s = calloc(1, sizeof(*s));
 	_cleanup_free_ char *text = NULL;
@@ -171,7 +173,8 @@ int ffs_stored_open(struct ffs_store *st, const char *sandbox, const char *name,
 	if (!r && !(*out)->sealed) {
 		ffs_stored_unref(*out);
 		*out = NULL;
-		r = ffs_error_set(err, EBADMSG, "%s/" FFS_MANIFEST " is damaged: its checksum is missing", path);
+		r = ffs_error_set(
+			err, EBADMSG, "%s/" FFS_MANIFEST " is damaged: its checksum is missing", path);
 	}
 	return r;
 }
@@ -367,7 +370,8 @@ static ssize_t read_at(int fd, uint64_t size, void *buf, size_t len, uint64_t of
 	return n >= 0 && (size_t)n < len ? -EIO : n;
 }
 
-ssize_t ffs_stored_read_memory(struct ffs_stored *s, void *buf, size_t len, uint64_t off, struct ffs_error *err)
+ssize_t ffs_stored_read_memory(
+	struct ffs_stored *s, void *buf, size_t len, uint64_t off, struct ffs_error *err)
 {
 	ssize_t n;
 

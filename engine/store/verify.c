@@ -11,10 +11,11 @@
 
 #include "store/forks.h"
 
-static int damaged(const struct ffs_stored *s, const char *file, uint64_t off, const char *what, struct ffs_error *err)
+static int damaged(
+	const struct ffs_stored *s, const char *file, uint64_t off, const char *what, struct ffs_error *err)
 {
-	return ffs_error_set(
-		err, EBADMSG, "%s/%s is damaged at offset %llu: %s", s->path, file, (unsigned long long)off, what);
+	return ffs_error_set(err, EBADMSG, "%s/%s is damaged at offset %llu: %s", s->path, file,
+		(unsigned long long)off, what);
 }
 
 int ffs_stored_load_hashes(struct ffs_stored *s, struct ffs_manifest *m, struct ffs_error *err)
@@ -31,10 +32,12 @@ int ffs_stored_load_hashes(struct ffs_stored *s, struct ffs_manifest *m, struct 
 	if (r < 0)
 		return r;
 	if (m->has_hashes && !s->sealed)
-		r = ffs_error_set(err, EBADMSG, "%s/" FFS_MANIFEST " is damaged: its checksum is missing", s->path);
+		r = ffs_error_set(
+			err, EBADMSG, "%s/" FFS_MANIFEST " is damaged: its checksum is missing", s->path);
 	else if (!m->has_hashes)
 		r = ffs_error_set(err, ENODATA,
-			"%s is in memory only: its manifest has no hashes to compare with (forkfs branch --store dense "
+			"%s is in memory only: its manifest has no hashes to compare with (forkfs branch "
+			"--store dense "
 			"makes a durable one)",
 			s->path);
 	if (r < 0)
@@ -61,13 +64,15 @@ static int check_memory(struct ffs_stored *s, const struct ffs_manifest *m, stru
 		if (ffs_progress_cancelled(p)) {
 			r = ffs_error_set(err, EINTR, "interrupted");
 		} else if (n != (ssize_t)len) {
-			r = ffs_error_set(err, EBADMSG, "%s", why.code ? why.text : "memory is shorter than its size");
+			r = ffs_error_set(
+				err, EBADMSG, "%s", why.code ? why.text : "memory is shorter than its size");
 		} else {
 			struct ffs_hash h = ffs_hash_of(buf, len);
 
 			XXH3_128bits_update(state, buf, len);
 			if (!ffs_hash_equal(&h, &m->blocks[i]))
-				r = damaged(s, file, off, "this block has another hash than " FFS_MANIFEST " says", err);
+				r = damaged(s, file, off,
+					"this block has another hash than " FFS_MANIFEST " says", err);
 		}
 		ffs_progress_add(p, len);
 	}
@@ -75,7 +80,8 @@ static int check_memory(struct ffs_stored *s, const struct ffs_manifest *m, stru
 		struct ffs_hash h = ffs_hash_digest(state);
 
 		if (!ffs_hash_equal(&h, &m->memory_hash))
-			r = damaged(s, file, 0, "as a whole it has another hash than " FFS_MANIFEST " says", err);
+			r = damaged(
+				s, file, 0, "as a whole it has another hash than " FFS_MANIFEST " says", err);
 	}
 	XXH3_freeState(state);
 	return r;
@@ -90,16 +96,19 @@ static int check_file(struct ffs_stored *s, const struct ffs_file_entry *f, stru
 	int r;
 
 	if (fd < 0)
-		return ffs_error_set(err, EBADMSG, "%s/%s is not there: %s", s->path, f->name, strerror(errno));
+		return ffs_error_set(
+			err, EBADMSG, "%s/%s is not there: %s", s->path, f->name, strerror(errno));
 	r = ffs_hash_file(fd, &h, &size, p);
 	if (r == -EINTR)
 		return ffs_error_set(err, EINTR, "interrupted");
 	if (r < 0)
-		return ffs_error_set(err, EBADMSG, "%s/%s cannot be read: %s", s->path, f->name, strerror(-r));
+		return ffs_error_set(
+			err, EBADMSG, "%s/%s cannot be read: %s", s->path, f->name, strerror(-r));
 	if (size != f->size)
-		return damaged(s, f->name, size < f->size ? size : f->size, "it has another size than its manifest says",
-			err);
-	return ffs_hash_equal(&h, &f->hash) ? 0 : damaged(s, f->name, 0, "its hash is not the manifest's", err);
+		return damaged(s, f->name, size < f->size ? size : f->size,
+			"it has another size than its manifest says", err);
+	return ffs_hash_equal(&h, &f->hash) ? 0
+					    : damaged(s, f->name, 0, "its hash is not the manifest's", err);
 }
 
 /* Through a mount a packed branch looks dense. */

@@ -187,7 +187,8 @@ int ffs_working_set_of(
 void ffs_working_set_mark(const struct ffs_working_set *set, uint64_t unit, uint64_t *map)
 {
 	for (unsigned i = 0; i < set->n; i++)
-		for (uint64_t at = set->span[i].offset / unit; at * unit < set->span[i].offset + set->span[i].len; at++)
+		for (uint64_t at = set->span[i].offset / unit;
+			at * unit < set->span[i].offset + set->span[i].len; at++)
 			ffs_bit_set(map, at);
 }
 
@@ -208,7 +209,7 @@ uint64_t ffs_working_set_read_ahead(const struct ffs_working_set *set, int fd, u
 			uint64_t len = s->len - done < AHEAD ? s->len - done : AHEAD;
 
 			on = asked + len <= limit && (!wanted || wanted(arg)) &&
-				madvise(file + s->offset + done, len, MADV_WILLNEED) == 0;
+			     madvise(file + s->offset + done, len, MADV_WILLNEED) == 0;
 			asked += on ? len : 0;
 		}
 	}

@@ -8,7 +8,8 @@
 #include "base/error.h"
 
 #define FFS_WORKING_SET "working-set" /* its file's name beside the branch's other files */
-#define FFS_WORKING_SET_UNIT 65536u   /* pieces of it: what a pager's fault brings, and what the kernel maps around one */
+#define FFS_WORKING_SET_UNIT                                                                                 \
+	65536u /* pieces of it: what a pager's fault brings, and what the kernel maps around one */
 #define FFS_WORKING_SET_LIMIT (256ull << 20) /* bytes, where nobody says another */
 
 struct ffs_range {

@@ -17,16 +17,19 @@ struct json_object *ffs_api_list_drives(struct json_object *config, unsigned *wr
 {
 	struct json_object *drives, *list = json_object_new_array();
 
-	if (!json_object_object_get_ex(config, "drives", &drives) || !json_object_is_type(drives, json_type_array))
+	if (!json_object_object_get_ex(config, "drives", &drives) ||
+		!json_object_is_type(drives, json_type_array))
 		return list;
 	for (size_t i = 0; i < json_object_array_length(drives) && i < MAX_DRIVES; i++) {
-		struct json_object *v, *drive = json_object_array_get_idx(drives, i), *o = json_object_new_object();
+		struct json_object *v, *drive = json_object_array_get_idx(drives, i),
+				       *o = json_object_new_object();
 		char id[65] = "", path[1024] = "";
 		bool read_only;
 
 		ffs_api_copy_string(drive, "drive_id", id, sizeof(id));
 		ffs_api_copy_string(drive, "path_on_host", path, sizeof(path));
-		read_only = json_object_object_get_ex(drive, "is_read_only", &v) && json_object_get_boolean(v);
+		read_only =
+			json_object_object_get_ex(drive, "is_read_only", &v) && json_object_get_boolean(v);
 		*writable += !read_only;
 		json_object_object_add(o, "id", json_object_new_string(id));
 		json_object_object_add(o, "path", json_object_new_string(path));
@@ -53,8 +56,11 @@ static void say_difference(struct json_object *was, struct json_object *is, char
 			ffs_api_copy_string(a, "path", before, sizeof(before));
 		if (b)
 			ffs_api_copy_string(b, "path", after, sizeof(after));
-		snprintf(text, 300, "%s%s%.100s%s%.100s", id, a ? " was " : " was not there, and is ", a ? before : after,
-			a && b ? ", and is " : "", a && b ? after : a ? ", and has gone" : "");
+		snprintf(text, 300, "%s%s%.100s%s%.100s", id, a ? " was " : " was not there, and is ",
+			a ? before : after, a && b ? ", and is " : "",
+			a && b ? after
+			: a    ? ", and has gone"
+			       : "");
 		return;
 	}
 }
@@ -74,11 +80,13 @@ int ffs_api_look_at_drives(struct ffs_api *d, struct ffs_error *err)
 		say_difference(d->drives, drives, text);
 		if (d->has_disks)
 			r = ffs_error_set(err, ENOTSUP,
-				"the drives of process %d are not those that it had at attach (%s), where disks were named that are captured "
+				"the drives of process %d are not those that it had at attach (%s), where "
+				"disks were named that are captured "
 				"with each branch: detach it, and attach it again",
 				(int)d->vmm.proc.pid, text);
 		else
-			ffs_log(FFS_LOG_INFO, "process %d: its drives were changed: %s", (int)d->vmm.proc.pid, text);
+			ffs_log(FFS_LOG_INFO, "process %d: its drives were changed: %s", (int)d->vmm.proc.pid,
+				text);
 	}
 	if (!r) {
 		json_object_put(d->drives);

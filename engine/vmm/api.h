@@ -37,13 +37,13 @@ struct ffs_api {
 	char path[1024]; /* of the socket, as we were given it */
 	struct ffs_api_place place;
 	char version[64], app[32];
-	_Atomic int state;           /* enum ffs_run_state, as of the last request */
-	bool window;                 /* from prepare to finish */
-	bool was_running;            /* when the last prepare or pause looked */
-	bool sent_pause;             /* we paused it, and it has not been seen running since */
-	bool pipelines;              /* two requests may be sent at once */
-	int vmstate_fd;              /* the caller's, from prepare to finish */
-	bool vsock, balloon;         /* devices the VM has */
+	_Atomic int state;   /* enum ffs_run_state, as of the last request */
+	bool window;         /* from prepare to finish */
+	bool was_running;    /* when the last prepare or pause looked */
+	bool sent_pause;     /* we paused it, and it has not been seen running since */
+	bool pipelines;      /* two requests may be sent at once */
+	int vmstate_fd;      /* the caller's, from prepare to finish */
+	bool vsock, balloon; /* devices the VM has */
 	unsigned writable_drives;
 	struct json_object *machine; /* its machine-config, or NULL */
 	struct json_object *drives;  /* an array, as of attach or of the last branch, or NULL */

@@ -20,8 +20,8 @@ static void try_exec(const struct agent_frame *f)
 
 	if (!agent_exec_parse(f, &e))
 		return;
-	if (!e.argc || e.argv[e.argc] || e.env[e.envc] || agent_exec_make(&e, again, sizeof(again)) != f->len ||
-		memcmp(again, f->payload, f->len) != 0)
+	if (!e.argc || e.argv[e.argc] || e.env[e.envc] ||
+		agent_exec_make(&e, again, sizeof(again)) != f->len || memcmp(again, f->payload, f->len) != 0)
 		abort();
 }
 
@@ -55,7 +55,8 @@ static void try_frame(const struct agent_frame *f)
 		abort();
 	n = agent_encode(f->type, f->stream, f->payload, f->len, wire);
 	if (!n || agent_decode(&d, wire, n, &used, &again) != 1 || used != n || again.type != f->type ||
-		again.stream != f->stream || again.len != f->len || memcmp(again.payload, f->payload, f->len) != 0)
+		again.stream != f->stream || again.len != f->len ||
+		memcmp(again.payload, f->payload, f->len) != 0)
 		abort();
 	try_payload(f);
 }
@@ -88,8 +89,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 /* A session as it is: HELLO, EXEC, some data and an ACK. Returns its length. */
 static size_t session(uint8_t *out)
 {
-	static struct agent_exec e = {.cwd = "/", .argv = {"sh", "-c", "exit 7"}, .argc = 3, .env = {"A=b"}, .envc = 1};
-	struct agent_hello h = {.nonce = "nonce", .epoch = "epoch", .wall_ns = 77, .interface = "eth0", .prefix = 24};
+	static struct agent_exec e = {
+		.cwd = "/", .argv = {"sh", "-c", "exit 7"}, .argc = 3, .env = {"A=b"}, .envc = 1};
+	struct agent_hello h = {
+		.nonce = "nonce", .epoch = "epoch", .wall_ns = 77, .interface = "eth0", .prefix = 24};
 	struct agent_ack a = {.nonce = "nonce", .clock_ns = 5};
 	uint8_t p[512];
 	size_t n = 0, len;

@@ -34,8 +34,10 @@ static void acknowledge(struct guest_mailbox *m, const uint8_t epoch[16], uint64
 int mailbox_main(int argc, char **argv)
 {
 	static char payload[GUEST_MAILBOX_PAYLOAD + 1], hex[33];
-	uint64_t ms = guest_arg(argc, argv, "ms", 5), stale = guest_arg(argc, argv, "stale", 0), ack = guest_arg(argc, argv, "ack", 1);
-	struct pollfd log = {.fd = guest_arg(argc, argv, "vmgenid", 0) ? guest_mailbox_watch() : -1, .events = POLLIN};
+	uint64_t ms = guest_arg(argc, argv, "ms", 5), stale = guest_arg(argc, argv, "stale", 0),
+		 ack = guest_arg(argc, argv, "ack", 1);
+	struct pollfd log = {
+		.fd = guest_arg(argc, argv, "vmgenid", 0) ? guest_mailbox_watch() : -1, .events = POLLIN};
 	struct guest_mailbox m;
 	uint8_t epoch[16];
 	uint32_t flags;

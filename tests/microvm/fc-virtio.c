@@ -21,11 +21,23 @@
 #define MAILBOX(field) (GPA_MAILBOX + (uintptr_t)MAILBOX_##field)
 #define SAY_EACH 64
 #define HOST 2
-#define PORT 52 /* but for an ACK */
+#define PORT 52          /* but for an ACK */
 #define QUIET_POLLS 2000 /* after a refused connection, so that the host is not asked at each step */
 
-enum { DEVICE = 0x08, FEATURES = 0x20, FEATURES_SEL = 0x24, QUEUE = 0x30, SIZE = 0x38, READY = 0x44, NOTIFY = 0x50, STATUS = 0x70,
-	DESC = 0x80, AVAIL = 0x90, USED = 0xa0, CONFIG = 0x100 };
+enum {
+	DEVICE = 0x08,
+	FEATURES = 0x20,
+	FEATURES_SEL = 0x24,
+	QUEUE = 0x30,
+	SIZE = 0x38,
+	READY = 0x44,
+	NOTIFY = 0x50,
+	STATUS = 0x70,
+	DESC = 0x80,
+	AVAIL = 0x90,
+	USED = 0xa0,
+	CONFIG = 0x100
+};
 enum { BLOCK = 2, VSOCK = 19 };
 enum { RX, TX, EVENTS };
 enum { NEXT = 1, WRITE = 2 };
@@ -181,7 +193,8 @@ static void transfer(bool reading)
 
 static void poll_drive(void)
 {
-	uint64_t want = written < SECTORS ? 0 : written - SECTORS + 1; /* one more than its number; 0 at first */
+	uint64_t want =
+		written < SECTORS ? 0 : written - SECTORS + 1; /* one more than its number; 0 at first */
 
 	if (!blk_busy) {
 		transfer(true);
@@ -389,7 +402,8 @@ static void begin(void)
 {
 	/* Firecracker's places for devices: from the third GiB on, until 1.12 a quarter higher */
 	for (unsigned slot = 0; slot < 32; slot++) {
-		volatile uint8_t *dev = (volatile uint8_t *)(0xc0000000 + (uintptr_t)(slot & 16) * 0x1000000 + (uintptr_t)(slot & 15) * 0x1000);
+		volatile uint8_t *dev = (volatile uint8_t *)(0xc0000000 + (uintptr_t)(slot & 16) * 0x1000000 +
+							     (uintptr_t)(slot & 15) * 0x1000);
 
 		if (get(dev, 0) != 0x74726976)
 			continue;

@@ -11,7 +11,7 @@
 #define GPA_PD 0x3000      /* 16 pages: identity, 2 MiB pages, 16 GiB */
 #define GPA_DEVICE 0x1e000 /* a word that the VMM changes whenever it saves device state */
 #define GPA_PROGRAM 0x20000
-#define GPA_STACKS 0x30000 /* a page for each vCPU */
+#define GPA_STACKS 0x30000  /* a page for each vCPU */
 #define GPA_MAILBOX 0x50000 /* touched only when there is one */
 #define GPA_HOOK 0x51000    /* the address of what is called before each step, with HAS_DEVICES */
 #define GPA_SLICES 0x100000

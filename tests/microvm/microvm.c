@@ -369,8 +369,8 @@ static void answer(int client, const char *command, const char *error)
 		"{\"answer\":\"%s\",\"error\":\"%s\",\"state\":\"%s\",\"vcpus\":%lu,\"steps\":%lu,"
 		"\"least_steps\":%lu,\"mismatches\":%lu,"
 		"\"saves\":%lu,\"kind\":\"%s\",\"hva\":%lu,\"size\":%lu,\"page_size\":%lu}",
-		command, error, paused ? "paused" : "running", state.vcpus, steps, least, mismatches, state.saves,
-		kind, (unsigned long)memory, state.memory, page_size);
+		command, error, paused ? "paused" : "running", state.vcpus, steps, least, mismatches,
+		state.saves, kind, (unsigned long)memory, state.memory, page_size);
 
 	/* a client that does not read its answers loses them: the guest must not wait for it */
 	if (send(client, text, (size_t)n, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
@@ -507,7 +507,8 @@ int main(int argc, char **argv)
 	make_machine();
 	if (!restore)
 		boot(number(argv, "--work", "0") * MIB, number(argv, "--fill", "0"),
-			number(argv, "--spin", "0"), option(argv, "--mailbox", NULL), number(argv, "--silent", "0"));
+			number(argv, "--spin", "0"), option(argv, "--mailbox", NULL),
+			number(argv, "--silent", "0"));
 	start_vcpus();
 	if (!number(argv, "--paused", "0"))
 		set_paused(false);

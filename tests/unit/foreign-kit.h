@@ -147,8 +147,9 @@ static inline bool send_fd(int sock, char byte, int fd)
 	union {
 		char buf[CMSG_SPACE(sizeof(int))];
 		struct cmsghdr align;
-	} control = {
-		.align = {.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS}};
+	} control = {.align = {.cmsg_len = CMSG_LEN(sizeof(int)),
+			     .cmsg_level = SOL_SOCKET,
+			     .cmsg_type = SCM_RIGHTS}};
 	struct iovec v = {&byte, 1};
 	struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
 

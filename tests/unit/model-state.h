@@ -34,8 +34,9 @@ struct state {
 	uint8_t h_page, h_needed;     /* the handler's */
 	uint8_t buf[MODEL_THREADS][MODEL_PAGES], took[MODEL_THREADS]; /* a copy; the pages in it */
 	uint8_t want[MODEL_THREADS]; /* bits: the branches that wanted it: their slots have it as a user */
-	uint8_t cleared[MODEL_THREADS][MODEL_BRANCHES]; /* pages whose need bits it cleared, not counted yet */
-	uint8_t void_copy[MODEL_THREADS];               /* the copy saw `revoked` */
+	uint8_t cleared[MODEL_THREADS]
+		       [MODEL_BRANCHES];  /* pages whose need bits it cleared, not counted yet */
+	uint8_t void_copy[MODEL_THREADS]; /* the copy saw `revoked` */
 	uint8_t c_branch, r_branch, r_page, reads;
 	struct branch b[MODEL_BRANCHES];
 };

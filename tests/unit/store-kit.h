@@ -31,7 +31,7 @@
 	} while (0)
 
 struct kit {
-	char dir[64]; /* scratch */
+	char dir[64];  /* scratch */
 	char path[80]; /* of the store, in it */
 	struct ffs_store *st;
 };

@@ -45,7 +45,9 @@ static void test_texts(void **state)
 	} row[] = {
 		{"stage=applied mailbox=v1 epoch=" EPOCH, FFS_ACK_TAKEN},
 		{"epoch=" HEX "\n\tmailbox=v1\r\n stage=applied\n", FFS_ACK_TAKEN},
-		{"mac=02:00:00:00:00:01 stage=applied ms=12 mailbox=v1 epoch=00112233445566778899AABBCCDDEEFF", FFS_ACK_TAKEN},
+		{"mac=02:00:00:00:00:01 stage=applied ms=12 mailbox=v1 "
+		 "epoch=00112233445566778899AABBCCDDEEFF",
+			FFS_ACK_TAKEN},
 		{"stage=applied mailbox=v10 epoch=" EPOCH, FFS_ACK_OTHER},
 		{"stage=applied mailbox=v epoch=" EPOCH, FFS_ACK_OTHER},
 		{"stage=applied mailbox=V1 epoch=" EPOCH, FFS_ACK_OTHER},
@@ -103,7 +105,8 @@ static void test_bytes(void **state)
 /* What comes in pieces, of any length: the same verdicts, and what has no end is none. */
 static void test_stream(void **state)
 {
-	static const char said[] = "stage=applied mailbox=v10\nepoch=" HEX " mailbox=v1 stage=applied\n\nstage=applied mailbox=other epoch=" HEX;
+	static const char said[] = "stage=applied mailbox=v10\nepoch=" HEX
+				   " mailbox=v1 stage=applied\n\nstage=applied mailbox=other epoch=" HEX;
 	char big[3 * FFS_ACK_TEXT_MAX];
 
 	for (size_t piece = 1; piece <= sizeof(said); piece++) {
@@ -112,7 +115,8 @@ static void test_stream(void **state)
 		unsigned n = 0;
 
 		for (size_t at = 0; at < sizeof(said) - 1; at += piece)
-			n += ffs_ack_feed(&w, &s, said + at, sizeof(said) - 1 - at < piece ? sizeof(said) - 1 - at : piece, BEGAN);
+			n += ffs_ack_feed(&w, &s, said + at,
+				sizeof(said) - 1 - at < piece ? sizeof(said) - 1 - at : piece, BEGAN);
 		assert_int_equal(n, 3);
 		assert_int_equal(w.count[FFS_ACK_TAKEN], 1);
 		assert_int_equal(w.count[FFS_ACK_OTHER], 1);
@@ -154,7 +158,8 @@ static void test_network(void **state)
 static void test_times(void **state)
 {
 	struct ffs_ack_wait w = waiter();
-	static const char right[] = "stage=applied mailbox=v1 epoch=" HEX, other[] = "stage=applied mailbox=other epoch=" HEX;
+	static const char right[] = "stage=applied mailbox=v1 epoch=" HEX,
+			  other[] = "stage=applied mailbox=other epoch=" HEX;
 
 	/* deadlines run side by side */
 	assert_int_equal(ffs_ack_expire(&w, BEGAN), BEGAN + 100 * MS);

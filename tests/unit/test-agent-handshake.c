@@ -14,7 +14,8 @@
 #define SECOND 1000000000ull
 #define READY (60 * SECOND)
 
-static const uint64_t waits[FFS_EDGES] = {READY, READY, FFS_REBIND_NS, FFS_ACK_NS, FFS_OUTPUT_NS, FFS_HEALTH_NS};
+static const uint64_t waits[FFS_EDGES] = {
+	READY, READY, FFS_REBIND_NS, FFS_ACK_NS, FFS_OUTPUT_NS, FFS_HEALTH_NS};
 
 /* Through to before an edge, one second each; the time then. */
 static uint64_t until(struct ffs_handshake *h, enum ffs_edge edge)

@@ -180,8 +180,15 @@ static void test_version(void **state)
 /* A command: what was put in comes out, and no shorter or longer payload is one. */
 static void test_exec(void **state)
 {
-	static struct agent_exec e = {.flags = AGENT_EXEC_TTY, .rows = 24, .cols = 80, .cwd = "/tmp",
-		.argv = {"sh", "-c", ""}, .argc = 3, .env = {"A=1", "B="}, .envc = 2}, got;
+	static struct agent_exec e = {.flags = AGENT_EXEC_TTY,
+					 .rows = 24,
+					 .cols = 80,
+					 .cwd = "/tmp",
+					 .argv = {"sh", "-c", ""},
+					 .argc = 3,
+					 .env = {"A=1", "B="},
+					 .envc = 2},
+				 got;
 	uint8_t p[256];
 	size_t n = agent_exec_make(&e, p, sizeof(p));
 	struct agent_frame f = {.type = AGENT_EXEC, .stream = 1, .payload = p, .len = n};
@@ -223,7 +230,11 @@ static void test_exec(void **state)
 
 static void test_hello(void **state)
 {
-	struct agent_hello h = {.nonce = "0123456789abcde", .wall_ns = 1ull << 60, .interface = "eth0", .prefix = 24}, got;
+	struct agent_hello h = {.nonce = "0123456789abcde",
+				   .wall_ns = 1ull << 60,
+				   .interface = "eth0",
+				   .prefix = 24},
+			   got;
 	struct agent_ack a = {.rebind_ns = 1, .network_ns = 4, .failed = 2}, b;
 	uint8_t p[256];
 	struct agent_frame f = {.type = AGENT_HELLO, .payload = p, .len = agent_hello_make(&h, p)};
@@ -314,11 +325,10 @@ static void test_out(void **state)
 
 int main(void)
 {
-	const struct CMUnitTest tests[] = {cmocka_unit_test(test_out),
-		cmocka_unit_test(test_golden), cmocka_unit_test(test_lengths),
-		cmocka_unit_test(test_resync), cmocka_unit_test(test_flipped), cmocka_unit_test(test_endless),
-		cmocka_unit_test(test_version), cmocka_unit_test(test_exec), cmocka_unit_test(test_hello),
-		cmocka_unit_test(test_noise)};
+	const struct CMUnitTest tests[] = {cmocka_unit_test(test_out), cmocka_unit_test(test_golden),
+		cmocka_unit_test(test_lengths), cmocka_unit_test(test_resync), cmocka_unit_test(test_flipped),
+		cmocka_unit_test(test_endless), cmocka_unit_test(test_version), cmocka_unit_test(test_exec),
+		cmocka_unit_test(test_hello), cmocka_unit_test(test_noise)};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -175,8 +175,8 @@ static int teardown(void **s)
 
 int main(void)
 {
-	const struct CMUnitTest tests[] = {cmocka_unit_test(test_branch),
-		cmocka_unit_test(test_in_passing), cmocka_unit_test(test_attach)};
+	const struct CMUnitTest tests[] = {cmocka_unit_test(test_branch), cmocka_unit_test(test_in_passing),
+		cmocka_unit_test(test_attach)};
 
 	return cmocka_run_group_tests(tests, setup, teardown);
 }

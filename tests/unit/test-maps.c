@@ -429,7 +429,8 @@ static void touched_of(int fd, uint64_t map[5], int expected)
 
 	memset(map, 0, 5 * sizeof(*map));
 	assert_int_equal(fstat(fd, &st), 0);
-	assert_int_equal(ffs_touched_read(child, st.st_dev, st.st_ino, SIZE + MIB, 16 * PAGE, map, &err), expected);
+	assert_int_equal(
+		ffs_touched_read(child, st.st_dev, st.st_ino, SIZE + MIB, 16 * PAGE, map, &err), expected);
 }
 
 /* By the ioctl where the kernel has it, and without. */

@@ -295,7 +295,8 @@ static void test_parent_in_the_store(void **s)
 	struct ffs_layer *kin = hand_over(parent, &first);
 
 	assert_non_null(kin);
-	assert_int_equal(wrong_pages(parent, first.truth, f.size), 0); /* its own reader has its image still */
+	assert_int_equal(
+		wrong_pages(parent, first.truth, f.size), 0); /* its own reader has its image still */
 	ffs_branch_unref(parent);
 	while (taken(budget) >= with_parent)
 		sched_yield();
@@ -319,7 +320,8 @@ static void test_parent_in_the_store(void **s)
 	ffs_branch_unref(r.b);
 	while (taken(budget) != before)
 		sched_yield(); /* as above */
-	assert_int_equal(atomic_load(&moved.released), 0); /* it is the parent until another branch is taken */
+	assert_int_equal(
+		atomic_load(&moved.released), 0); /* it is the parent until another branch is taken */
 	struct ffs_branch *b = take_mode(sb, FFS_BRANCH_DIFF);
 
 	assert_int_equal(atomic_load(&moved.released), 1);

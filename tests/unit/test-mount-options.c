@@ -82,12 +82,14 @@ static void test_of_mount(void **state)
 
 static void test_refused(void **state)
 {
-	static const char *const lists[] = {"nonsense", "lease", "lease=", "store", "store=", "default-store=tape", "lease=-1", "lease=x",
-		"lease=99999999999999999999", "lease=5s", "branch", "branch=maybe", "branch-rate=1e3",
-		"passthrough=on", "max_read=1", "max_read=5000", "max_read=2097152", "ack-address=", "ack-address=localhost", "ack-address=1.2.3", "log=loud", "memory",
-		"memory=", "memory=1X", "memory=1MB", "memory=-1", "memory=M", "memory=17179869184G",
-		"memory=18446744073709551615", "captures=x", "cache-age=x", "cache-size=", "cache-size=auto",
-		"captures=", "allow_other=1", "rw,nonsense=3", "allow_others"};
+	static const char *const lists[] = {"nonsense", "lease", "lease=", "store",
+		"store=", "default-store=tape", "lease=-1", "lease=x", "lease=99999999999999999999",
+		"lease=5s", "branch", "branch=maybe", "branch-rate=1e3", "passthrough=on", "max_read=1",
+		"max_read=5000", "max_read=2097152", "ack-address=", "ack-address=localhost",
+		"ack-address=1.2.3", "log=loud", "memory", "memory=", "memory=1X", "memory=1MB", "memory=-1",
+		"memory=M", "memory=17179869184G", "memory=18446744073709551615", "captures=x", "cache-age=x",
+		"cache-size=", "cache-size=auto", "captures=", "allow_other=1", "rw,nonsense=3",
+		"allow_others"};
 
 	for (size_t i = 0; i < FFS_ARRAY_LEN(lists); i++) {
 		struct ffs_mount_options opt;

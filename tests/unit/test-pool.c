@@ -336,7 +336,8 @@ static void test_random(void **s)
 
 		now += (uint64_t)random() % (SECOND / 20);
 		/* times of rush, and of quiet */
-		if (step / 500 % 2 && !asks[i] && b.waiting < 30 && ffs_pool_ask(&b, &w[i], now, now + (uint64_t)random() % SECOND) == 0)
+		if (step / 500 % 2 && !asks[i] && b.waiting < 30 &&
+			ffs_pool_ask(&b, &w[i], now, now + (uint64_t)random() % SECOND) == 0)
 			asked += asks[i] = true;
 		while ((a = ffs_pool_next(&b, now)).todo != FFS_POOL_NOTHING)
 			if (a.waiter) {

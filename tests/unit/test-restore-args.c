@@ -26,8 +26,8 @@ struct made {
 	int r;
 };
 
-static struct made *make_with(const char *const *words, unsigned n, bool trust, const char *disks, const char *const *user,
-	unsigned n_user)
+static struct made *make_with(const char *const *words, unsigned n, bool trust, const char *disks,
+	const char *const *user, unsigned n_user)
 {
 	static struct made m;
 	struct json_object *line = json_object_new_array();
@@ -54,9 +54,9 @@ static struct made *make_with(const char *const *words, unsigned n, bool trust, 
 	return &m;
 }
 
-#define MAKE(...)                                                                                                      \
-	make_with((const char *const[]){__VA_ARGS__}, sizeof((const char *const[]){__VA_ARGS__}) / sizeof(char *), false, \
-		NULL, NULL, 0)
+#define MAKE(...)                                                                                            \
+	make_with((const char *const[]){__VA_ARGS__},                                                        \
+		sizeof((const char *const[]){__VA_ARGS__}) / sizeof(char *), false, NULL, NULL, 0)
 #define assert_has(m, part) has(m, part, true, __LINE__)
 #define assert_has_not(m, part) has(m, part, false, __LINE__)
 
@@ -71,15 +71,17 @@ static void has(struct made *m, const char *part, bool wanted, int line)
 static void test_machine(void **state)
 {
 	struct made *m = MAKE("-M", "microvm,acpi=off,memory-backend=ram0", "-object",
-		"memory-backend-memfd,id=ram0,size=256M,share=on", "-m", "256M", "-smp", "2", "-accel", "tcg,thread=multi",
-		"-nodefaults", "-chardev", "stdio,id=con,signal=off", "-serial", "chardev:con", "-qmp",
-		"unix:/run/q,server=on,wait=off", "-kernel", "/boot/vmlinuz", "-append", "console=ttyS0", "-device",
-		"virtio-rng-device");
+		"memory-backend-memfd,id=ram0,size=256M,share=on", "-m", "256M", "-smp", "2", "-accel",
+		"tcg,thread=multi", "-nodefaults", "-chardev", "stdio,id=con,signal=off", "-serial",
+		"chardev:con", "-qmp", "unix:/run/q,server=on,wait=off", "-kernel", "/boot/vmlinuz",
+		"-append", "console=ttyS0", "-device", "virtio-rng-device");
 
 	assert_int_equal(m->r, 0);
 	assert_has(m, "|-M|microvm,acpi=off,memory-backend=ram0|");
-	assert_has(m, "|-object|memory-backend-file,id=ram0,size=268435456,mem-path=/proc/self/fd/3,share=off,merge=off");
-	assert_has(m, "|-chardev|socket,id=con,path=con.sock,server=on,wait=off,logfile=con.log|-serial|chardev:con|");
+	assert_has(m, "|-object|memory-backend-file,id=ram0,size=268435456,mem-path=/proc/self/fd/"
+		      "3,share=off,merge=off");
+	assert_has(m, "|-chardev|socket,id=con,path=con.sock,server=on,wait=off,logfile=con.log|-serial|"
+		      "chardev:con|");
 	assert_has(m, "|-device|virtio-rng-device|");
 	assert_has_not(m, "memfd");
 	assert_has_not(m, "/run/q");
@@ -106,12 +108,15 @@ static void test_network(void **state)
 	assert_has(m, "|-netdev|user,id=n0,restrict=on|");
 	assert_has(m, "|-netdev|user,id=n1,net=10.1.0.0/16|");
 	assert_has(m, "|-nic|user,restrict=on,model=virtio-net-pci,mac=52:54:00:12:34:56|");
-	for (const char *const *bad = (const char *const[]){"tap", "script", "hostfwd", "cmd:", "smb", "br0", NULL}; *bad; bad++)
+	for (const char *const *bad =
+			(const char *const[]){"tap", "script", "hostfwd", "cmd:", "smb", "br0", NULL};
+		*bad; bad++)
 		assert_has_not(m, *bad);
 
 	const char *const user[] = {"-netdev", "tap,id=n0,ifname=tap7"};
 
-	m = make_with((const char *const[]){"-m", "256M", "-netdev", "tap,id=n0,ifname=tap0"}, 4, false, NULL, user, 2);
+	m = make_with((const char *const[]){"-m", "256M", "-netdev", "tap,id=n0,ifname=tap0"}, 4, false, NULL,
+		user, 2);
 	assert_int_equal(m->r, 0);
 	assert_has_not(m, "-netdev");
 }
@@ -119,7 +124,8 @@ static void test_network(void **state)
 static void test_disks(void **state)
 {
 	static const char disks[] = "[{\"id\":\"root\",\"path\":\"/vms/root.img\"}]";
-	const char *const good[] = {"-m", "256M", "-drive", "file=/vms/root.img,format=raw,if=none,id=d0,cache=none,aio=native"};
+	const char *const good[] = {
+		"-m", "256M", "-drive", "file=/vms/root.img,format=raw,if=none,id=d0,cache=none,aio=native"};
 	const char *const relative[] = {"-m", "256M", "-drive", "file=root.img,if=none,id=d0"};
 	const char *const other[] = {"-m", "256M", "-drive", "file=/vms/other.img,format=raw,if=none,id=d0"};
 	struct made *m = make_with(good, 4, false, disks, NULL, 0);
@@ -150,27 +156,33 @@ static void test_hostile(void **state)
 	static const char *const refused[][2] = {{"-device", "loader,file=/etc/shadow,addr=0x1000"},
 		{"-device", "vfio-pci,host=0000:01:00.0"}, {"-device", "virtio-net-pci,romfile=/etc/shadow"},
 		{"-device", "virtio-net-pci,romfile=x.bin"}, {"-device", "virtio-9p-pci,fsdev=f,mount_tag=x"},
-		{"-device", "vhost-user-blk-pci,chardev=c"}, {"-device", "{\"driver\":\"loader\",\"file\":\"/etc/shadow\"}"},
-		{"-readconfig", "/tmp/evil"}, {"-set", "drive.d0.file=/etc/shadow"},
-		{"-blockdev", "driver=file,filename=/etc/shadow,node-name=x"}, {"-hda", "/dev/sda"}, {"-cdrom", "/etc/shadow"},
-		{"-fsdev", "local,path=/,id=f,security_model=none"}, {"-virtfs", "local,path=/,mount_tag=x"},
+		{"-device", "vhost-user-blk-pci,chardev=c"},
+		{"-device", "{\"driver\":\"loader\",\"file\":\"/etc/shadow\"}"}, {"-readconfig", "/tmp/evil"},
+		{"-set", "drive.d0.file=/etc/shadow"},
+		{"-blockdev", "driver=file,filename=/etc/shadow,node-name=x"}, {"-hda", "/dev/sda"},
+		{"-cdrom", "/etc/shadow"}, {"-fsdev", "local,path=/,id=f,security_model=none"},
+		{"-virtfs", "local,path=/,mount_tag=x"},
 		{"-object", "memory-backend-file,id=x,mem-path=/etc/shadow,size=1M,share=on"},
-		{"-object", "secret,id=s,file=/etc/shadow"}, {"-object", "rng-random,id=r,filename=/etc/shadow"},
-		{"-object", "can-host-socketcan,id=c"}, {"-drive", "file=/etc/shadow,format=raw,if=virtio"},
-		{"-drive", "driver=vvfat,file.driver=vvfat,file=x,format=vvfat"}, {"-M", "q35,kernel=/etc/shadow"},
-		{"-machine", "q35,dumpdtb=/etc/cron.d/x"}, {"-fw_cfg", "name=opt/x,file=/etc/shadow"},
-		{"-smbios", "file=/etc/shadow"}, {"-acpitable", "file=/etc/shadow"}, {"-pflash", "/dev/sda"},
+		{"-object", "secret,id=s,file=/etc/shadow"},
+		{"-object", "rng-random,id=r,filename=/etc/shadow"}, {"-object", "can-host-socketcan,id=c"},
+		{"-drive", "file=/etc/shadow,format=raw,if=virtio"},
+		{"-drive", "driver=vvfat,file.driver=vvfat,file=x,format=vvfat"},
+		{"-M", "q35,kernel=/etc/shadow"}, {"-machine", "q35,dumpdtb=/etc/cron.d/x"},
+		{"-fw_cfg", "name=opt/x,file=/etc/shadow"}, {"-smbios", "file=/etc/shadow"},
+		{"-acpitable", "file=/etc/shadow"}, {"-pflash", "/dev/sda"},
 		{"-tpmdev", "passthrough,id=t,path=/dev/tpm0"}, {"-cpu", "-device"}, {"-uuid", "x\n-device"},
-		{"-chardev", "file,id=../../etc/cron.d/x,path=/etc/passwd"},
-		{"-serial", "chardev:../x"}, {"-netdev", "user,id=../x"}, {"-M", "x,memory-backend=a,,share=on"},
-		{"-daemonise", "x"}, {"/etc/shadow", "x"}};
-	static const char *const harmless[][2] = {{"-serial", "file:/etc/passwd"}, {"-chardev", "pipe,id=c,path=/etc/passwd"},
-		{"-monitor", "tcp:0.0.0.0:4444,server"}, {"-qmp", "tcp:0.0.0.0:4444,server"}, {"-vnc", "0.0.0.0:0"},
-		{"-pidfile", "/etc/passwd"}, {"-D", "/etc/passwd"}, {"-incoming", "exec:evil"}, {"-plugin", "/tmp/evil.so"},
-		{"-gdb", "tcp::1234"}, {"-kernel", "/etc/shadow"}, {"-initrd", "/etc/shadow"}, {"-bios", "/etc/shadow"},
-		{"-L", "/tmp/evil"}, {"-trace", "file=/etc/passwd"}, {"-netdev", "user,id=n,smb=/,hostfwd=tcp::1-:1"},
-		{"-net", "tap,script=/tmp/evil"}, {"-add-fd", "fd=3,set=1"}, {"-chroot", "/tmp/evil"},
-		{"-debugcon", "file:/etc/passwd"}, {"-chardev", "file,id=forkfs-control,path=/etc/x"}, {"-parallel", "/dev/parport0"}};
+		{"-chardev", "file,id=../../etc/cron.d/x,path=/etc/passwd"}, {"-serial", "chardev:../x"},
+		{"-netdev", "user,id=../x"}, {"-M", "x,memory-backend=a,,share=on"}, {"-daemonise", "x"},
+		{"/etc/shadow", "x"}};
+	static const char *const harmless[][2] = {{"-serial", "file:/etc/passwd"},
+		{"-chardev", "pipe,id=c,path=/etc/passwd"}, {"-monitor", "tcp:0.0.0.0:4444,server"},
+		{"-qmp", "tcp:0.0.0.0:4444,server"}, {"-vnc", "0.0.0.0:0"}, {"-pidfile", "/etc/passwd"},
+		{"-D", "/etc/passwd"}, {"-incoming", "exec:evil"}, {"-plugin", "/tmp/evil.so"},
+		{"-gdb", "tcp::1234"}, {"-kernel", "/etc/shadow"}, {"-initrd", "/etc/shadow"},
+		{"-bios", "/etc/shadow"}, {"-L", "/tmp/evil"}, {"-trace", "file=/etc/passwd"},
+		{"-netdev", "user,id=n,smb=/,hostfwd=tcp::1-:1"}, {"-net", "tap,script=/tmp/evil"},
+		{"-add-fd", "fd=3,set=1"}, {"-chroot", "/tmp/evil"}, {"-debugcon", "file:/etc/passwd"},
+		{"-chardev", "file,id=forkfs-control,path=/etc/x"}, {"-parallel", "/dev/parport0"}};
 
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(refused); i++) {
 		struct made *m = MAKE("-m", "256M", refused[i][0], refused[i][1]);
@@ -184,8 +196,8 @@ static void test_hostile(void **state)
 		struct made *m = MAKE("-m", "256M", harmless[i][0], harmless[i][1]);
 
 		assert_int_equal(m->r, 0);
-		for (const char *const *bad = (const char *const[]){"/etc", "/tmp", "evil", "0.0.0.0", "exec:", "1234", "hostfwd",
-			     "smb", "/dev/par", NULL};
+		for (const char *const *bad = (const char *const[]){"/etc", "/tmp", "evil", "0.0.0.0",
+			     "exec:", "1234", "hostfwd", "smb", "/dev/par", NULL};
 			*bad; bad++)
 			assert_has_not(m, *bad);
 	}
@@ -195,7 +207,8 @@ static void test_no_command_line(void **state)
 {
 	struct ffs_qemu_args a = {.memory_size = MIB};
 	struct ffs_error err = {0};
-	static const char *const lines[] = {"{}", "[]", "[1,2,3]", "[\"q\",null]", "[\"q\",\"-m\"]", "[\"q\",\"-m\",7]"};
+	static const char *const lines[] = {
+		"{}", "[]", "[1,2,3]", "[\"q\",null]", "[\"q\",\"-m\"]", "[\"q\",\"-m\",7]"};
 
 	assert_int_equal(ffs_qemu_args_make(&a, &err), -EINVAL);
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(lines); i++) {
@@ -234,7 +247,10 @@ static void test_conf(void **state)
 	struct ffs_restore_conf c = {0};
 	struct ffs_error err = {0};
 
-	assert_int_equal(conf("# q\nkind = qemu\n  binary=/usr/bin/q \narg = -sandbox\narg = on, x=y\nenv = A=b=c\n", 0600, &c, &err), 0);
+	assert_int_equal(
+		conf("# q\nkind = qemu\n  binary=/usr/bin/q \narg = -sandbox\narg = on, x=y\nenv = A=b=c\n",
+			0600, &c, &err),
+		0);
 	assert_string_equal(c.binary, "/usr/bin/q");
 	assert_int_equal(c.arg.n, 2);
 	assert_string_equal(c.arg.word[1], "on, x=y");
@@ -250,7 +266,8 @@ static void test_conf(void **state)
 }
 
 /* What the words and the lines of a file name, as one string; the code when they are refused. */
-static int targets(const char *text, size_t len, const char *a, const char *b, char names[200], struct ffs_error *err)
+static int targets(
+	const char *text, size_t len, const char *a, const char *b, char names[200], struct ffs_error *err)
 {
 	char path[] = "/tmp/forkfs-forks-XXXXXX", first[80], second[80], *word[] = {first, second};
 	struct ffs_restore_targets t = {0};
@@ -269,7 +286,8 @@ static int targets(const char *text, size_t len, const char *a, const char *b, c
 	r = ffs_restore_targets_read(&t, word, b ? 2 : 1, text ? path : NULL, err);
 	names[0] = 0;
 	for (unsigned i = 0; !r && i < t.n; i++)
-		at += (size_t)snprintf(names + at, 200 - at, "%s/%s/%s ", t.target[i].sandbox, t.target[i].branch, t.target[i].fork);
+		at += (size_t)snprintf(names + at, 200 - at, "%s/%s/%s ", t.target[i].sandbox,
+			t.target[i].branch, t.target[i].fork);
 	ffs_restore_targets_free(&t);
 	if (text)
 		unlink(path);
@@ -306,10 +324,11 @@ static void test_targets(void **state)
 
 int main(void)
 {
-	const struct CMUnitTest tests[] = {cmocka_unit_test(test_machine), cmocka_unit_test(test_plain_memory),
-		cmocka_unit_test(test_network), cmocka_unit_test(test_disks), cmocka_unit_test(test_hostile),
-		cmocka_unit_test(test_no_command_line), cmocka_unit_test(test_expand), cmocka_unit_test(test_conf),
-		cmocka_unit_test(test_targets)};
+	const struct CMUnitTest tests[] = {cmocka_unit_test(test_machine),
+		cmocka_unit_test(test_plain_memory), cmocka_unit_test(test_network),
+		cmocka_unit_test(test_disks), cmocka_unit_test(test_hostile),
+		cmocka_unit_test(test_no_command_line), cmocka_unit_test(test_expand),
+		cmocka_unit_test(test_conf), cmocka_unit_test(test_targets)};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

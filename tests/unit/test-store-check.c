@@ -38,7 +38,8 @@ static bool refused_or_right(struct ffs_stored *s, const unsigned char *want)
 	return refused;
 }
 
-static void flips_of(struct kit *k, const char *branch, const char *file, unsigned step, const unsigned char *want)
+static void flips_of(
+	struct kit *k, const char *branch, const char *file, unsigned step, const unsigned char *want)
 {
 	struct ffs_error err = {0};
 	struct stat st;
@@ -60,10 +61,11 @@ static void flips_of(struct kit *k, const char *branch, const char *file, unsign
 				refused_or_right(s, want);
 		}
 		if (r >= 0)
-			fail_msg("%s/%s: a flipped bit in byte %llu was not found", branch, file, (unsigned long long)at);
+			fail_msg("%s/%s: a flipped bit in byte %llu was not found", branch, file,
+				(unsigned long long)at);
 		if (!strstr(err.text, strncmp(file, "memory.pack", 11) ? file : "memory"))
-			fail_msg("byte %llu of %s: the sentence names another file: %s", (unsigned long long)at, file,
-				err.text);
+			fail_msg("byte %llu of %s: the sentence names another file: %s",
+				(unsigned long long)at, file, err.text);
 		ffs_stored_unref(s);
 		flip(path, at, bit);
 	}
@@ -192,8 +194,8 @@ static int count(void *arg, const char *sandbox, const char *name, enum ffs_stor
 
 /* A stream with a bit flipped, or cut off, or with a byte too few, publishes nothing and leaves nothing. */
 /* Put a branch with an id, and a parent or none, into a sandbox. */
-static void put_child(struct ffs_store *st, const char *sandbox, const char *name, const char *id, const char *parent,
-	int memory, struct ffs_stored *share)
+static void put_child(struct ffs_store *st, const char *sandbox, const char *name, const char *id,
+	const char *parent, int memory, struct ffs_stored *share)
 {
 	struct json_object *o = make_manifest(id, CHILD_SIZE);
 	int vmstate = make_vmstate();
@@ -213,7 +215,8 @@ static void put_child(struct ffs_store *st, const char *sandbox, const char *nam
 /* An incremental branch goes out whole, and comes in beside its parent sharing its chunks, wherever that is. */
 static void test_incremental(void **state)
 {
-	static const char *const ids[] = {"00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00000000000b"};
+	static const char *const ids[] = {
+		"00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00000000000b"};
 	unsigned char *maps[2];
 	int memory = make_memory(CHILD_SIZE, 3, &maps[0]), changed = make_memory(CHILD_SIZE, 3, &maps[1]);
 	int stream = memfd_create("stream", MFD_CLOEXEC);
@@ -303,7 +306,8 @@ static void test_damaged_streams(void **state)
 
 		for (off_t left = size; left > 0;) {
 			char buf[65536];
-			ssize_t got = pread(stream, buf, left < (off_t)sizeof(buf) ? (size_t)left : sizeof(buf), from);
+			ssize_t got = pread(
+				stream, buf, left < (off_t)sizeof(buf) ? (size_t)left : sizeof(buf), from);
 
 			assert_int_equal(write(cut, buf, (size_t)got), got);
 			left -= got;
@@ -325,15 +329,16 @@ static void test_damaged_streams(void **state)
 /* The bytes of an index as docs/format.md has them. */
 static void test_golden_index(void **state)
 {
-	static const unsigned char head[] = {'f', 'o', 'r', 'k', 'f', 's', 'I', 'X', 1, 0, 0, 0, 128, 0, 0, 0, 0, 0, 1, 0, 1,
-		0, 0, 0, 5, 0, 2, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 128, 0, 0, 0, 0, 0, 0, 0, 192, 0, 0, 0, 0, 0, 0, 0,
-		240, 0, 0, 0, 0, 0, 0, 0, 252, 0, 0, 0, 0, 0, 0, 0, 8, 1, 0, 0, 0, 0, 0, 0, 14, 1, 0, 0, 0, 0, 0, 0, 17, 1,
-		0, 0, 0, 0, 0, 0};
+	static const unsigned char head[] = {'f', 'o', 'r', 'k', 'f', 's', 'I', 'X', 1, 0, 0, 0, 128, 0, 0, 0,
+		0, 0, 1, 0, 1, 0, 0, 0, 5, 0, 2, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 128, 0, 0, 0, 0, 0, 0,
+		0, 192, 0, 0, 0, 0, 0, 0, 0, 240, 0, 0, 0, 0, 0, 0, 0, 252, 0, 0, 0, 0, 0, 0, 0, 8, 1, 0, 0,
+		0, 0, 0, 0, 14, 1, 0, 0, 0, 0, 0, 0, 17, 1, 0, 0, 0, 0, 0, 0};
 	static const unsigned char columns[] = {64, 0, 0, 0, 0, 0, 0, 0, 64, 0, 1, 0, /* offset */
-		0, 0, 1, 0, 0, 0, 0, 0, 5, 0, 0, 0, /* stored */
-		0, 0, 0, 0, 0, 0, /* pack */
-		1, 0, 1}; /* kind */
-	static const unsigned char pack_head[] = {'f', 'o', 'r', 'k', 'f', 's', 'P', 'K', 1, 0, 0, 0, 64, 0, 0, 0};
+		0, 0, 1, 0, 0, 0, 0, 0, 5, 0, 0, 0,                                   /* stored */
+		0, 0, 0, 0, 0, 0,                                                     /* pack */
+		1, 0, 1};                                                             /* kind */
+	static const unsigned char pack_head[] = {
+		'f', 'o', 'r', 'k', 'f', 's', 'P', 'K', 1, 0, 0, 0, 64, 0, 0, 0};
 	unsigned char pack[FFS_PACK_HEADER], *bytes = NULL, saved[16];
 	struct ffs_error err = {0};
 	struct ffs_index x, y;
@@ -396,7 +401,8 @@ static void test_collision(void **state)
 	assert_ok(ffs_packed_open(parent, &err), err);
 	/* as if chunk 1 of the parent had the hash of our other chunk 1 */
 	memset(want + FFS_STORE_CHUNK, 0x77, FFS_STORE_CHUNK);
-	assert_int_equal(pwrite(fd, want + FFS_STORE_CHUNK, FFS_STORE_CHUNK, FFS_STORE_CHUNK), FFS_STORE_CHUNK);
+	assert_int_equal(
+		pwrite(fd, want + FFS_STORE_CHUNK, FFS_STORE_CHUNK, FFS_STORE_CHUNK), FFS_STORE_CHUNK);
 	parent->index.hash[1] = ffs_hash_of(want + FFS_STORE_CHUNK, FFS_STORE_CHUNK);
 	assert_ok(put_branch(k.st, "b2", fd, SIZE, FFS_STORE_PACKED, parent, &err), err);
 	assert_ok(ffs_stored_open(k.st, "sbx1", "b2", &s, &err), err);

@@ -27,11 +27,13 @@ static void make(struct ffs_fork_record *r, const char *name, const char *text, 
 {
 	struct ffs_fork_box *b = calloc(1, sizeof(*b));
 
-	*r = (struct ffs_fork_record){.made_ns = 1700000000123456789, .ack_port = wants_ack ? 54321 : 0, .n = 1, .box = b};
+	*r = (struct ffs_fork_record){
+		.made_ns = 1700000000123456789, .ack_port = wants_ack ? 54321 : 0, .n = 1, .box = b};
 	snprintf(r->name, sizeof(r->name), "%s", name);
 	snprintf(r->branch, sizeof(r->branch), BRANCH);
 	memset(r->epoch, 0xe5, sizeof(r->epoch));
-	b->frame = (struct ffs_mailbox_frame){.offset = AT, .id = {.kind = FFS_MAILBOX_FORK, .name = "config", .token_len = 3}};
+	b->frame = (struct ffs_mailbox_frame){
+		.offset = AT, .id = {.kind = FFS_MAILBOX_FORK, .name = "config", .token_len = 3}};
 	memcpy(b->frame.id.token, "t\xff\x01", 4);
 	memset(memory, 0, sizeof(memory));
 	assert_true(ffs_mailbox_marker(&b->frame.id, memory + AT, NULL) > 0);
@@ -41,7 +43,9 @@ static void make(struct ffs_fork_record *r, const char *name, const char *text, 
 	b->wants_ack = wants_ack;
 	b->ack_timeout_ms = wants_ack ? 700 : 0;
 	memcpy(b->page, memory + AT, sizeof(b->page));
-	assert_int_equal(ffs_mailbox_lay(FFS_MAILBOX_FORK, b->payload, r->epoch, wants_ack, r->ack_port, b->page, NULL), 0);
+	assert_int_equal(ffs_mailbox_lay(FFS_MAILBOX_FORK, b->payload, r->epoch, wants_ack, r->ack_port,
+				 b->page, NULL),
+		0);
 }
 
 static void test_round(void **state)
@@ -66,7 +70,9 @@ static void test_round(void **state)
 		ffs_fork_record_clear(&back);
 		assert_int_equal(ffs_fork_record_parse(text, len, "c2", BRANCH, &back, &err), -EBADMSG);
 		assert_non_null(strstr(err.text, "another fork's"));
-		assert_int_equal(ffs_fork_record_parse(text, len, "c1", "11111111-2222-4333-8444-555555555556", &back, &err), -EBADMSG);
+		assert_int_equal(ffs_fork_record_parse(text, len, "c1",
+					 "11111111-2222-4333-8444-555555555556", &back, &err),
+			-EBADMSG);
 		assert_non_null(strstr(err.text, "another branch"));
 		ffs_fork_record_clear(&r);
 		free(text);
@@ -132,18 +138,64 @@ static void test_hostile(void **state)
 	static const struct {
 		const char *key, *value;
 	} bad[] = {
-		{"format", "2"}, {"format", "0"}, {"format", "\"1\""}, {"format", NULL}, {"name", "\"../c1\""}, {"name", "7"},
-		{"name", NULL}, {"branch", "\"\""}, {"branch", NULL}, {"epoch", "\"\""}, {"epoch", "\"zz\""}, {"epoch", NULL},
-		{"made_ns", "-1"}, {"made_ns", "1e99"}, {"made_ns", "\"now\""}, {"ack_port", "65536"}, {"ack_port", "-1"},
-		{"ack_port", "18446744073709551615"}, {"ack_port", "1.5"}, {"mailboxes", NULL}, {"mailboxes", "{}"},
-		{"mailboxes", "[7]"}, {"mailboxes", "[{}]"}, {"mailboxes", "[[]]"}, {".name", "\"\""}, {".name", "\"a b\""},
-		{".name", NULL}, {".kind", "\"forks\""}, {".kind", NULL}, {".token", "\"\""}, {".token", "\"2020\""},
-		{".token", "\"00\""}, {".token", "\"4\""}, {".token", "\"4G\""}, {".token", "\"AB\""}, {".token", NULL},
-		{".offset", "-4096"}, {".offset", "1"}, {".offset", "8193"}, {".offset", "\"8192\""}, {".offset", NULL},
-		{".offset", "1e300"}, {".payload", "\"\""}, {".payload", "\"[]\""}, {".payload", "\"{}{}\""},
-		{".payload", "\"{\\u0000}\""}, {".payload", "{}"}, {".payload", NULL}, {".wait_for_ack", "1"},
-		{".wait_for_ack", "false"}, {".wait_for_ack", NULL}, {".ack_timeout_ms", "0"}, {".ack_timeout_ms", "30001"},
-		{".ack_timeout_ms", "-1"}, {".ack_timeout_ms", NULL}, {".page", "\"\""}, {".page", "\"00\""}, {".page", NULL},
+		{"format", "2"},
+		{"format", "0"},
+		{"format", "\"1\""},
+		{"format", NULL},
+		{"name", "\"../c1\""},
+		{"name", "7"},
+		{"name", NULL},
+		{"branch", "\"\""},
+		{"branch", NULL},
+		{"epoch", "\"\""},
+		{"epoch", "\"zz\""},
+		{"epoch", NULL},
+		{"made_ns", "-1"},
+		{"made_ns", "1e99"},
+		{"made_ns", "\"now\""},
+		{"ack_port", "65536"},
+		{"ack_port", "-1"},
+		{"ack_port", "18446744073709551615"},
+		{"ack_port", "1.5"},
+		{"mailboxes", NULL},
+		{"mailboxes", "{}"},
+		{"mailboxes", "[7]"},
+		{"mailboxes", "[{}]"},
+		{"mailboxes", "[[]]"},
+		{".name", "\"\""},
+		{".name", "\"a b\""},
+		{".name", NULL},
+		{".kind", "\"forks\""},
+		{".kind", NULL},
+		{".token", "\"\""},
+		{".token", "\"2020\""},
+		{".token", "\"00\""},
+		{".token", "\"4\""},
+		{".token", "\"4G\""},
+		{".token", "\"AB\""},
+		{".token", NULL},
+		{".offset", "-4096"},
+		{".offset", "1"},
+		{".offset", "8193"},
+		{".offset", "\"8192\""},
+		{".offset", NULL},
+		{".offset", "1e300"},
+		{".payload", "\"\""},
+		{".payload", "\"[]\""},
+		{".payload", "\"{}{}\""},
+		{".payload", "\"{\\u0000}\""},
+		{".payload", "{}"},
+		{".payload", NULL},
+		{".wait_for_ack", "1"},
+		{".wait_for_ack", "false"},
+		{".wait_for_ack", NULL},
+		{".ack_timeout_ms", "0"},
+		{".ack_timeout_ms", "30001"},
+		{".ack_timeout_ms", "-1"},
+		{".ack_timeout_ms", NULL},
+		{".page", "\"\""},
+		{".page", "\"00\""},
+		{".page", NULL},
 	};
 	struct ffs_fork_record back;
 	struct ffs_error err;
@@ -164,10 +216,11 @@ static void test_hostile(void **state)
 	static const struct {
 		const char *key, *value;
 	} wrong[] = {{".offset", "0"}, {".offset", "4096"}, {".offset", "12288"}, {".offset", "262144"},
-		{".offset", "9223372036854771712"}, {".offset", "9223372036854775807"}, {".name", "\"other\""},
-		{".token", "\"7478\""}, {".kind", "\"resume-network\""}, {".payload", "\"{\\\"task\\\":8}\""},
-		{".payload", "\"{\\\"ack_port\\\":1,\\\"ack_port\\\":2}\""}, {"ack_port", "0"}, {"ack_port", "54322"},
-		{"epoch", "\"00000000-0000-4000-8000-000000000000\""}};
+		{".offset", "9223372036854771712"}, {".offset", "9223372036854775807"},
+		{".name", "\"other\""}, {".token", "\"7478\""}, {".kind", "\"resume-network\""},
+		{".payload", "\"{\\\"task\\\":8}\""},
+		{".payload", "\"{\\\"ack_port\\\":1,\\\"ack_port\\\":2}\""}, {"ack_port", "0"},
+		{"ack_port", "54322"}, {"epoch", "\"00000000-0000-4000-8000-000000000000\""}};
 
 	for (size_t i = 0; i < FFS_ARRAY_LEN(wrong); i++) {
 		text = changed(wrong[i].key, wrong[i].value, &len);
@@ -298,8 +351,8 @@ static void test_crashes(void **state)
 		void (*run)(struct ffs_store *st);
 		const char *branch, *name;
 		unsigned before, after;
-	} changes[] = {{do_first, "b1", "c1", 0, 2}, {do_new, "b0", "c2", 0, 2}, {do_change, "b0", "c1", 1, 2},
-		{do_remove, "b0", "c1", 1, 0}, {do_convert, "b0", "c1", 1, 1}};
+	} changes[] = {{do_first, "b1", "c1", 0, 2}, {do_new, "b0", "c2", 0, 2},
+		{do_change, "b0", "c1", 1, 2}, {do_remove, "b0", "c1", 1, 0}, {do_convert, "b0", "c1", 1, 1}};
 	unsigned replays = 0;
 
 	for (unsigned i = 0; i < FFS_ARRAY_LEN(changes); i++) {
@@ -324,9 +377,13 @@ static void test_crashes(void **state)
 					unsigned is = number_of(st, changes[i].branch, changes[i].name);
 
 					if (is != changes[i].before && is != changes[i].after)
-						fail_msg("change %u: after %u of %u operations the fork has %u", i, n, n_ops, is);
+						fail_msg("change %u: after %u of %u operations the fork has "
+							 "%u",
+							i, n, n_ops, is);
 					if (n == n_ops && is != changes[i].after)
-						fail_msg("change %u: done, and a crash brings the old fork back", i);
+						fail_msg("change %u: done, and a crash brings the old fork "
+							 "back",
+							i);
 					if (strcmp(changes[i].branch, "b0") || strcmp(changes[i].name, "c1"))
 						assert_int_equal(number_of(st, "b0", "c1"), 1);
 					ffs_store_close(st);

@@ -90,7 +90,8 @@ static void test_manifest_members(void **state)
 	assert_string_equal(json_object_get_string(v), "b1");
 	/* what nobody here knows is kept */
 	assert_true(json_object_object_get_ex(o, "later", &v));
-	assert_string_equal(json_object_to_json_string_ext(v, JSON_C_TO_STRING_PLAIN), "{\"kept\":[1,\"two\"]}");
+	assert_string_equal(
+		json_object_to_json_string_ext(v, JSON_C_TO_STRING_PLAIN), "{\"kept\":[1,\"two\"]}");
 	struct ffs_hash h = ffs_hash_of(want, SIZE);
 
 	ffs_hash_hex(&h, hex);
@@ -217,7 +218,8 @@ static void test_generations(void **state)
 		fd = make_memory(SIZE, 1, &want[i]);
 		for (unsigned j = 1; j <= i; j++) {
 			memset(want[i] + j * 700 * KIB, (int)j, 4096);
-			assert_int_equal(pwrite(fd, want[i] + j * 700 * KIB, 4096, (off_t)(j * 700 * KIB)), 4096);
+			assert_int_equal(
+				pwrite(fd, want[i] + j * 700 * KIB, 4096, (off_t)(j * 700 * KIB)), 4096);
 		}
 		snprintf(name, sizeof(name), "g%u", i);
 		assert_ok(put_branch(k.st, name, fd, SIZE, FFS_STORE_PACKED, i ? s[i - 1] : NULL, &err), err);

@@ -38,8 +38,8 @@ struct options {
 	char *mailbox[MAILBOXES_MAX]; /* NAME[:TOKEN] */
 	unsigned n_mailboxes;
 	const char *on_mailbox, *ack_address;
-	bool halt;      /* power off when the main command has ended */
-	bool is_init;   /* process 1 of a guest */
+	bool halt;    /* power off when the main command has ended */
+	bool is_init; /* process 1 of a guest */
 	bool vsock;
 };
 extern struct options options;

@@ -119,7 +119,8 @@ void boot(void)
 void exit_file_remove(void)
 {
 	if (options.exit_file && unlink(options.exit_file) < 0 && errno != ENOENT)
-		say("forkfs-agent: %s, of a main command of the past: %s", options.exit_file, strerror(errno));
+		say("forkfs-agent: %s, of a main command of the past: %s", options.exit_file,
+			strerror(errno));
 }
 
 void exit_file_write(int code)
@@ -128,11 +129,13 @@ void exit_file_write(int code)
 	int n = snprintf(text, sizeof(text), "%d\n", code);
 	int fd;
 
-	if (!options.exit_file || snprintf(temporary, sizeof(temporary), "%s.new", options.exit_file) >= (int)sizeof(temporary))
+	if (!options.exit_file ||
+		snprintf(temporary, sizeof(temporary), "%s.new", options.exit_file) >= (int)sizeof(temporary))
 		return;
 	fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
 	/* whole or not there, and on the disk before anybody hears of it */
-	if (fd < 0 || write(fd, text, (size_t)n) != n || fsync(fd) < 0 || rename(temporary, options.exit_file) < 0)
+	if (fd < 0 || write(fd, text, (size_t)n) != n || fsync(fd) < 0 ||
+		rename(temporary, options.exit_file) < 0)
 		say("forkfs-agent: %s: %s", options.exit_file, strerror(errno));
 	if (fd >= 0)
 		close(fd);

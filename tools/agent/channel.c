@@ -44,7 +44,8 @@ static bool find_port(char path[300])
 		int fd = open(path, O_RDONLY | O_CLOEXEC);
 
 		found = fd >= 0 && read(fd, name, sizeof(name) - 1) > 0 &&
-			!strncmp(name, AGENT_PORT, sizeof(AGENT_PORT) - 1) && name[sizeof(AGENT_PORT) - 1] <= '\n';
+			!strncmp(name, AGENT_PORT, sizeof(AGENT_PORT) - 1) &&
+			name[sizeof(AGENT_PORT) - 1] <= '\n';
 		if (fd >= 0)
 			close(fd);
 		snprintf(path, 300, "/dev/%.200s", e->d_name);
@@ -74,9 +75,12 @@ static int listen_on(int fd, const void *addr, socklen_t len)
 
 static int open_vsock(void)
 {
-	struct sockaddr_vm a = {.svm_family = AF_VSOCK, .svm_port = AGENT_VSOCK_PORT, .svm_cid = VMADDR_CID_ANY};
+	struct sockaddr_vm a = {
+		.svm_family = AF_VSOCK, .svm_port = AGENT_VSOCK_PORT, .svm_cid = VMADDR_CID_ANY};
 
-	return options.vsock ? listen_on(socket(AF_VSOCK, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), &a, sizeof(a)) : -1;
+	return options.vsock ? listen_on(socket(AF_VSOCK, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), &a,
+				       sizeof(a))
+			     : -1;
 }
 
 static int open_unix(void)

@@ -104,7 +104,8 @@ void conn_send(struct conn *c, uint8_t type, uint32_t stream, const void *payloa
 	if (c->gone || !c->session)
 		return;
 	/* a zero in front of the first: half of an older session's frame may be under way */
-	if ((type == AGENT_BEGIN && !agent_out_bytes(&c->out, "", 1)) || !agent_out_frame(&c->out, type, stream, payload, len)) {
+	if ((type == AGENT_BEGIN && !agent_out_bytes(&c->out, "", 1)) ||
+		!agent_out_frame(&c->out, type, stream, payload, len)) {
 		say("forkfs-agent: no memory for what the host is to be told");
 		return;
 	}

@@ -173,7 +173,8 @@ static inline uint32_t guest_mailbox_number(const char *text, const char *key)
 		if (!*p)
 			return 0;
 		value = p + 1 + strspn(p + 1, " \t\r\n");
-		if (depth == 1 && *value == ':' && (size_t)(p - begin) == key_len && !memcmp(begin, key, key_len)) {
+		if (depth == 1 && *value == ':' && (size_t)(p - begin) == key_len &&
+			!memcmp(begin, key, key_len)) {
 			unsigned long long n = strtoull(value + 1, NULL, 10);
 
 			return n <= UINT32_MAX ? (uint32_t)n : 0;
@@ -184,9 +185,11 @@ static inline uint32_t guest_mailbox_number(const char *text, const char *key)
 
 /* The same as a text, for the port that the payload names, "ack_port" by UDP, "ack_vsock_port" by vsock: "stage=applied
  * mailbox=NAME epoch=HEX\n" and a NUL, of at most 140 bytes. Its length. */
-static inline size_t guest_mailbox_ack_text(const struct guest_mailbox *m, const uint8_t epoch[16], char out[140])
+static inline size_t guest_mailbox_ack_text(
+	const struct guest_mailbox *m, const uint8_t epoch[16], char out[140])
 {
-	static const char stage[] = "stage=applied mailbox=", word[] = " epoch=", digit[] = "0123456789abcdef";
+	static const char stage[] = "stage=applied mailbox=", word[] = " epoch=",
+			  digit[] = "0123456789abcdef";
 	size_t len = sizeof(stage) - 1, name = strlen(guest_mailbox_name(m));
 
 	memcpy(out, stage, len);
@@ -212,8 +215,8 @@ static inline int guest_mailbox_vsock_once(uint32_t port, const char *text, size
 	if (fd < 0)
 		return -1;
 	if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait)) == 0 &&
-		connect(fd, (struct sockaddr *)&a, sizeof(a)) == 0 && send(fd, text, len, MSG_NOSIGNAL) == (ssize_t)len &&
-		recv(fd, &end, 1, 0) == 0)
+		connect(fd, (struct sockaddr *)&a, sizeof(a)) == 0 &&
+		send(fd, text, len, MSG_NOSIGNAL) == (ssize_t)len && recv(fd, &end, 1, 0) == 0)
 		r = 0;
 	why = errno;
 	close(fd);

@@ -32,7 +32,7 @@ struct box {
 	uint32_t flags;
 	unsigned port;       /* of the host, for a text by UDP; 0: none */
 	uint32_t vsock_port; /* by vsock */
-	pid_t pid;     /* of the command that has it; 0: none */
+	pid_t pid;           /* of the command that has it; 0: none */
 	int born;
 };
 
@@ -141,13 +141,15 @@ static void send_vsock(const struct box *b, const char *text, size_t len)
 	pid_t pid = fork();
 
 	if (pid < 0)
-		say("forkfs-agent: mailbox %s: its ACK to vsock port %u: %s", b->name, b->vsock_port, strerror(errno));
+		say("forkfs-agent: mailbox %s: its ACK to vsock port %u: %s", b->name, b->vsock_port,
+			strerror(errno));
 	if (pid)
 		return;
 	closefrom(STDERR_FILENO + 1);
 	/* reset: the host does not listen any more, and has heard of it in another way */
 	if (guest_mailbox_vsock(b->vsock_port, text, len) < 0 && errno != ECONNRESET)
-		say("forkfs-agent: mailbox %s: its ACK to vsock port %u: %s", b->name, b->vsock_port, strerror(errno));
+		say("forkfs-agent: mailbox %s: its ACK to vsock port %u: %s", b->name, b->vsock_port,
+			strerror(errno));
 	_exit(0);
 }
 

@@ -74,7 +74,8 @@ void watch_close(struct watch *w)
 
 static void usage(void)
 {
-	say("usage: forkfs-agent [--unix PATH] [--no-vsock] [--mailbox NAME[:TOKEN]]… [--on-mailbox CMD] [--ack-address IP] "
+	say("usage: forkfs-agent [--unix PATH] [--no-vsock] [--mailbox NAME[:TOKEN]]… [--on-mailbox CMD] "
+	    "[--ack-address IP] "
 	    "[--exit-file PATH] [--halt] [-- MAIN ARGS…]");
 	exit(2);
 }
@@ -89,10 +90,11 @@ void option_mailbox(char *word)
 
 static void parse(int argc, char **argv)
 {
-	static const struct option longs[] = {{"unix", required_argument, NULL, 'u'}, {"no-vsock", no_argument, NULL, 'v'},
-		{"exit-file", required_argument, NULL, 'e'}, {"halt", no_argument, NULL, 'h'},
-		{"mailbox", required_argument, NULL, 'm'}, {"on-mailbox", required_argument, NULL, 'o'},
-		{"ack-address", required_argument, NULL, 'a'}, {0}};
+	static const struct option longs[] = {{"unix", required_argument, NULL, 'u'},
+		{"no-vsock", no_argument, NULL, 'v'}, {"exit-file", required_argument, NULL, 'e'},
+		{"halt", no_argument, NULL, 'h'}, {"mailbox", required_argument, NULL, 'm'},
+		{"on-mailbox", required_argument, NULL, 'o'}, {"ack-address", required_argument, NULL, 'a'},
+		{0}};
 
 	for (int o; (o = getopt_long(argc, argv, "+", longs, NULL)) != -1;) {
 		if (o == 'u')

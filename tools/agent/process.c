@@ -517,7 +517,8 @@ static void begin_drain(struct process *p)
 
 int process_due_ms(void)
 {
-	uint64_t now = now_ns(CLOCK_MONOTONIC), due = quiet_at_ns < drained_at_ns ? quiet_at_ns : drained_at_ns;
+	uint64_t now = now_ns(CLOCK_MONOTONIC),
+		 due = quiet_at_ns < drained_at_ns ? quiet_at_ns : drained_at_ns;
 
 	return !draining ? -1 : due <= now ? 0 : (int)((due - now + 999999) / 1000000);
 }

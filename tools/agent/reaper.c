@@ -27,7 +27,8 @@ static void reap(struct watch *w, uint32_t events)
 		info.si_pid = 0;
 		if (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) < 0 || !info.si_pid)
 			return;
-		if (waitpid(info.si_pid, &status, WNOHANG) == info.si_pid && !process_ended(info.si_pid, status))
+		if (waitpid(info.si_pid, &status, WNOHANG) == info.si_pid &&
+			!process_ended(info.si_pid, status))
 			mailboxes_ended(info.si_pid, status);
 	}
 }

@@ -50,7 +50,8 @@ static int make_terminal(const struct agent_exec *e, struct ends *f)
 	int unlock = 0;
 
 	f->out[0] = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
-	if (f->out[0] < 0 || ioctl(f->out[0], TIOCSPTLCK, &unlock) < 0 || ioctl(f->out[0], TIOCSWINSZ, &size) < 0)
+	if (f->out[0] < 0 || ioctl(f->out[0], TIOCSPTLCK, &unlock) < 0 ||
+		ioctl(f->out[0], TIOCSWINSZ, &size) < 0)
 		return -errno;
 	/* by the master itself: in whatever place /dev/pts is */
 	f->out[1] = ioctl(f->out[0], TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
@@ -107,7 +108,8 @@ static int connect_ends(const struct ends *f, bool tty, int input)
 	return dup2(f->out[1], 1) < 0 || dup2(f->err[1], 2) < 0 ? -1 : 0;
 }
 
-static void become(const struct agent_exec *e, const struct ends *f, bool tty, int input) __attribute__((noreturn));
+static void become(const struct agent_exec *e, const struct ends *f, bool tty, int input)
+	__attribute__((noreturn));
 static void become(const struct agent_exec *e, const struct ends *f, bool tty, int input)
 {
 	int why;
@@ -137,7 +139,8 @@ int spawn_command(const struct agent_exec *e, bool inherit, int input, struct sp
 		close_all(&f);
 		return r;
 	}
-	*out = (struct spawned){.pid = pid, .born = f.born[0], .in = f.in[0], .out = f.out[0], .err = f.err[0]};
+	*out = (struct spawned){
+		.pid = pid, .born = f.born[0], .in = f.in[0], .out = f.out[0], .err = f.err[0]};
 	f.born[0] = f.in[0] = f.out[0] = f.err[0] = -1;
 	close_all(&f);
 	return 0;

@@ -5,7 +5,7 @@
 
 struct spawned {
 	pid_t pid;
-	int born;         /* end of file when its exec has worked; else an int, the errno. Not blocking, as the others */
+	int born; /* end of file when its exec has worked; else an int, the errno. Not blocking, as the others */
 	int in, out, err; /* -1: none. A terminal is out, and a duplicate of it is in */
 };
 

@@ -7,7 +7,8 @@
 
 uint32_t agent_crc32c(const void *data, size_t len)
 {
-	static uint32_t table[256]; /* filled by whoever comes first; two that fill it at once write the same */
+	static uint32_t
+		table[256]; /* filled by whoever comes first; two that fill it at once write the same */
 	const uint8_t *p = data;
 	uint32_t crc = ~0u;
 
@@ -121,7 +122,8 @@ static int open_frame(struct agent_decoder *d, struct agent_frame *out)
 	return 1;
 }
 
-int agent_decode(struct agent_decoder *d, const uint8_t *in, size_t len, size_t *used, struct agent_frame *out)
+int agent_decode(
+	struct agent_decoder *d, const uint8_t *in, size_t len, size_t *used, struct agent_frame *out)
 {
 	*used = 0;
 	while (*used < len) {

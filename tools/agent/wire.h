@@ -81,7 +81,8 @@ struct agent_decoder {
 /* Take bytes, and of them *used, up to the end of one frame. 1: *out is it, valid until the next call; 0: all were
  * taken and no frame is whole yet; -EBADMSG: a frame was damaged; -EPROTONOSUPPORT: it is whole, and of another version.
  * After an error the next frame can be read. */
-int agent_decode(struct agent_decoder *d, const uint8_t *in, size_t len, size_t *used, struct agent_frame *out);
+int agent_decode(
+	struct agent_decoder *d, const uint8_t *in, size_t len, size_t *used, struct agent_frame *out);
 
 /* ---- fields of a payload ---- */
 
@@ -138,7 +139,8 @@ struct agent_exec {
 	uint8_t flags;
 	uint16_t rows, cols; /* of the terminal */
 	const char *cwd;     /* "": where the agent is */
-	const char *argv[AGENT_WORDS_MAX + 1], *env[AGENT_WORDS_MAX + 1]; /* end with NULL; in the payload's memory */
+	const char *argv[AGENT_WORDS_MAX + 1],
+		*env[AGENT_WORDS_MAX + 1]; /* end with NULL; in the payload's memory */
 	unsigned argc, envc;
 };
 /* False: it is wrong in any way, or has no argument at all. */
