@@ -20,8 +20,7 @@ struct ffs_sandbox;
 struct ffs_branch;
 struct ffs_cancel;
 
-/* ---- engine
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- engine ---- */
 
 /* Fork the spawner (runs the injections) and the watchdog (lets guests go when this process dies or hangs),
  * install the fatal-signal handlers that close every userfaultfd, set PR_SET_DUMPABLE 0. Call once, before
@@ -57,8 +56,7 @@ bool ffs_engine_has_room(struct ffs_engine *engine, uint64_t bytes);
 uint64_t ffs_engine_frees(struct ffs_engine *engine);
 void ffs_engine_await_free(struct ffs_engine *engine, uint64_t seen, uint64_t deadline_ns);
 
-/* ---- cancellation
- * ---------------------------------------------------------------------------------------------- */
+/* ---- cancellation ---- */
 
 /* One per request that may wait. ffs_cancel_set() may be called from any thread (FUSE's interrupt), once or
  * often; the call that was given the object then returns -EINTR within a second, with everything put back. */
@@ -67,8 +65,7 @@ struct ffs_cancel *ffs_cancel_ref(struct ffs_cancel *c);
 void ffs_cancel_unref(struct ffs_cancel *c);
 void ffs_cancel_set(struct ffs_cancel *c);
 
-/* ---- sandboxes
- * ------------------------------------------------------------------------------------------------- */
+/* ---- sandboxes ---- */
 
 enum ffs_run_state { FFS_RUN_RUNNING, FFS_RUN_PAUSED, FFS_RUN_EXITED };
 /* "running" | "paused" | "exited" */
@@ -128,8 +125,7 @@ enum ffs_run_state ffs_sandbox_state(struct ffs_sandbox *sb);
  * null. */
 int ffs_sandbox_status(struct ffs_sandbox *sb, struct json_object **out);
 
-/* ---- branches
- * -------------------------------------------------------------------------------------------------- */
+/* ---- branches ---- */
 
 enum ffs_branch_state { FFS_BRANCH_WRITING, FFS_BRANCH_READY, FFS_BRANCH_FAILED };
 /* "writing" | "ready" | "failed" */

@@ -41,8 +41,7 @@ struct ffs_acks {
 	uint64_t held_until_ns; /* the daemon before may only just be ending, with its ports */
 };
 
-/* ---- the thread
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- the thread ---- */
 
 static struct ffs_fork_ack *of_serial(struct ffs_acks *a, uint64_t serial)
 {
@@ -217,8 +216,7 @@ static void *listen_thread(void *arg)
 	return NULL;
 }
 
-/* ---- its life
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- its life ---- */
 
 int ffs_acks_new(struct ffs_fs *fs, struct ffs_error *err)
 {
@@ -386,8 +384,7 @@ struct json_object *ffs_ack_json(const struct ffs_fork *f)
 	return o;
 }
 
-/* ---- FUSE
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- FUSE ---- */
 
 void ffs_ack_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uint64_t off, int flags)
 {

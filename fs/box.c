@@ -52,8 +52,7 @@ void ffs_box_free(struct ffs_box *b)
 	free(b);
 }
 
-/* ---- names
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- names ---- */
 
 /* NAME or NAME:TOKEN. */
 static bool could_be(const char *text)
@@ -82,8 +81,7 @@ int ffs_box_lookup(struct ffs_fs *fs, struct ffs_node *dir, const char *name, st
 	return 0;
 }
 
-/* ---- open and read
- * ------------------------------------------------------------------------------------------------ */
+/* ---- open and read ---- */
 
 /* Tree lock held: the fork that this caller's payload is in or would go to; NULL: none yet. Borrowed. */
 static struct ffs_fork *fork_of(struct ffs_call *call, struct ffs_node *node)
@@ -156,8 +154,7 @@ void ffs_box_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uint
 	fuse_reply_buf(call->req, len ? h->text + off : NULL, len);
 }
 
-/* ---- write
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- write ---- */
 
 static bool only_space(const char *s, size_t len)
 {
@@ -326,8 +323,7 @@ void ffs_box_write(struct ffs_call *call, struct ffs_node *node, struct ffs_hand
 	ffs_task_start(t, write_task);
 }
 
-/* ---- flush, unlink
- * ------------------------------------------------------------------------------------------------ */
+/* ---- flush, unlink ---- */
 
 /* Tree lock held. Every close of a copy of the descriptor comes here, also before anything was written. 1: it has a
  * payload that is to be published. */
@@ -483,8 +479,7 @@ void ffs_box_unlink(struct ffs_call *call, struct ffs_node *dir, const char *nam
 	ffs_reply_failure(fs, call->req, &call->who, ffs_node_dir_ino(dir), -r, &err);
 }
 
-/* ---- listing
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- listing ---- */
 
 static bool listed(const struct ffs_listing *l, const char *name)
 {

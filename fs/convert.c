@@ -60,9 +60,7 @@ void ffs_convert_status(const struct ffs_named *n, struct json_object *o)
 	json_object_object_add(o, "converted_bytes", json_object_new_uint64(atomic_load(&c->progress.done)));
 }
 
-/* ---- the step
- * ----------------------------------------------------------------------------------------------------------
- */
+/* ---- the step ---- */
 
 static int gate_enter(void *arg)
 {
@@ -124,9 +122,7 @@ static void gate_leave(void *arg, int result)
 	pthread_mutex_unlock(&c->fs->names);
 }
 
-/* ---- the job
- * -----------------------------------------------------------------------------------------------------------
- */
+/* ---- the job ---- */
 
 static void answer(struct ffs_txn *t, const char *name, enum ffs_store_kind kind)
 {

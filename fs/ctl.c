@@ -132,8 +132,7 @@ bool ffs_txn_abandoned(const struct ffs_txn *t)
 	return t->abandoned;
 }
 
-/* ---- the answer
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- the answer ---- */
 
 /* Tree lock held: the next part of the answer. */
 static const char *take_result(struct ffs_txn *t, size_t size, size_t *len)
@@ -251,8 +250,7 @@ void ffs_ctl_read(struct ffs_call *call, struct ffs_handle *h, size_t size, int 
 	ffs_parked_unref(p);
 }
 
-/* ---- the request
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- the request ---- */
 
 static bool only_space(const char *s, size_t len)
 {

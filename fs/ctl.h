@@ -57,8 +57,7 @@ struct ffs_request {
 	struct ffs_fork *fork; /* referenced: complete, to be shown */
 };
 
-/* ---- ctl.c: transactions
- * ---------------------------------------------------------------------------------------------- */
+/* ---- ctl.c: transactions ---- */
 
 /* Tree lock held. sbx NULL: .forkfs/ctl. */
 struct ffs_txn *ffs_txn_new(
@@ -86,16 +85,14 @@ bool ffs_txn_abandoned(const struct ffs_txn *t);
 void ffs_txn_done(struct ffs_txn *t, struct json_object *o);
 void ffs_txn_failed(struct ffs_txn *t, int code, const struct ffs_error *err);
 
-/* ---- request-parse.c: the language
- * ---------------------------------------------------------------------------------------------- */
+/* ---- request-parse.c: the language ---- */
 
 /* What an object asks for; root: of .forkfs/ctl; raw: the object as it was written (of a
  * fork only). -EINVAL or -EOPNOTSUPP with the sentence, and nothing is owned by *req then but its strings, which the caller frees either way. */
 int ffs_request_parse(struct json_object *o, bool root, struct ffs_span raw, struct ffs_request *req,
 	struct ffs_error *err);
 
-/* ---- request-fork.c
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- request-fork.c ---- */
 
 int ffs_request_parse_fork(
 	struct json_object *o, struct ffs_span raw, struct ffs_request *req, struct ffs_error *err);
@@ -112,8 +109,7 @@ int ffs_request_string(struct json_object *o, const char *what, const char *key,
 int ffs_request_bool(
 	struct json_object *o, const char *what, const char *key, bool *out, struct ffs_error *err);
 
-/* ---- requests.c: what can be asked for
- * ---------------------------------------------------------------------------------- */
+/* ---- requests.c: what can be asked for ---- */
 
 /* Check an object and reserve what it names. sbx: of sbx/ctl, NULL for .forkfs/ctl. 0, or -errno and the
  * sentence. Without the tree lock. */

@@ -66,8 +66,7 @@ static void tell_front(struct daemon *d, int code, const char *text)
 	ffs_close_fd(&d->front);
 }
 
-/* ---- the reaper's part
- * --------------------------------------------------------------------------------------------------- */
+/* ---- the reaper's part ---- */
 
 static unsigned reaper_fds(void *arg, int *fds, unsigned max)
 {
@@ -137,9 +136,7 @@ static uint64_t reaper_tick(void *arg)
 	return again;
 }
 
-/* ---- set-up
- * ----------------------------------------------------------------------------------------------------------------
- */
+/* ---- set-up ---- */
 
 static void no_action(int sig)
 {
@@ -282,9 +279,7 @@ static int start_threads(struct daemon *d, struct ffs_error *err)
 	return 0;
 }
 
-/* ---- the end
- * ----------------------------------------------------------------------------------------------------------------
- */
+/* ---- the end ---- */
 
 static void cancel_txn(struct ffs_handle *h, void *arg)
 {
@@ -396,9 +391,7 @@ static int serve(struct daemon *d, const struct ffs_mount_options *opt, struct f
 	return r < 0 ? ffs_error_errno(err, -r, "the session on %s", d->mount.dir) : 0;
 }
 
-/* ---- processes
- * ----------------------------------------------------------------------------------------------------------------
- */
+/* ---- processes ---- */
 
 static int absolute(const char *dir, char **out)
 {

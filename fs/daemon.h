@@ -219,8 +219,7 @@ struct ffs_call {
 	struct ffs_caller who;
 };
 
-/* ---- tree.c: objects. Tree lock held unless said otherwise
- * ------------------------------------------------------- */
+/* ---- tree.c: objects. Tree lock held unless said otherwise ---- */
 
 struct ffs_sbx *ffs_tree_find(struct ffs_fs *fs, const char *name);
 /* A new sandbox directory that is not yet in the tree's root: ffs_tree_add. One reference, the caller's.
@@ -277,8 +276,7 @@ bool ffs_shot_unref_now(struct ffs_shot *s);
 /* Bytes of memory that it takes, or of disk where it is stored. */
 uint64_t ffs_shot_bytes(const struct ffs_shot *s);
 
-/* ---- serve.c: answers
- * ------------------------------------------------------------------------------------------- */
+/* ---- serve.c: answers ---- */
 
 struct ffs_node_key;
 

@@ -51,9 +51,7 @@ static char *worker_buffer(void)
 	return buf;
 }
 
-/* ---- open
- * ----------------------------------------------------------------------------------------------------------------
- */
+/* ---- open ---- */
 
 static const char *file_name(const struct ffs_node *node)
 {
@@ -236,9 +234,7 @@ void ffs_named_open(struct ffs_call *call, struct ffs_node *node, int flags)
 	ffs_shot_unref(shot);
 }
 
-/* ---- read
- * ----------------------------------------------------------------------------------------------------------------
- */
+/* ---- read ---- */
 
 /* Parked until a shot settles: reads of manifest.json and fsyncs. */
 struct shot_wait {
@@ -446,9 +442,7 @@ void ffs_data_read(struct ffs_call *call, struct ffs_handle *h, size_t size, uin
 	fuse_reply_buf(call->req, buf, (size_t)n);
 }
 
-/* ---- sync and wait
- * ----------------------------------------------------------------------------------------------------------
- */
+/* ---- sync and wait ---- */
 
 #ifdef FFS_FAULTS
 static void fsync_task(struct ffs_task *t)

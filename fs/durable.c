@@ -46,8 +46,7 @@ void ffs_durable_leave(struct ffs_fs *fs)
 	pthread_mutex_unlock(&fs->lock);
 }
 
-/* ---- before and at the take
- * --------------------------------------------------------------------------------------------- */
+/* ---- before and at the take ---- */
 
 int ffs_durable_begin(struct ffs_named *n, struct ffs_error *err)
 {
@@ -117,9 +116,7 @@ void ffs_durable_free(struct ffs_shot *s)
 	ffs_stored_unref(s->stored);
 }
 
-/* ---- the job
- * -----------------------------------------------------------------------------------------------------------
- */
+/* ---- the job ---- */
 
 static int gate_enter(void *arg)
 {
@@ -425,9 +422,7 @@ struct ffs_shot *ffs_durable_successor(struct ffs_shot *s)
 	return next;
 }
 
-/* ---- names
- * -------------------------------------------------------------------------------------------------------------
- */
+/* ---- names ---- */
 
 /* The draft of a branch that is not published yet; fs->names held. */
 static struct ffs_draft *draft_of(struct ffs_named *n, struct ffs_shot **ref)
@@ -497,9 +492,7 @@ int ffs_durable_dir(struct ffs_named *n)
 	return dir;
 }
 
-/* ---- status
- * ------------------------------------------------------------------------------------------------------------
- */
+/* ---- status ---- */
 
 /* The members of the manifest that a status has too. */
 static void add_from_manifest(struct ffs_stored *stored, struct json_object *o)
@@ -544,8 +537,7 @@ void ffs_durable_status(struct ffs_shot *s, struct json_object *o)
 	}
 }
 
-/* ---- the end
- * ----------------------------------------------------------------------------------------------- */
+/* ---- the end ---- */
 
 void ffs_durable_drain(struct ffs_fs *fs)
 {

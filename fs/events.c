@@ -207,9 +207,7 @@ void ffs_events_close(struct ffs_fs *fs)
 	pthread_mutex_unlock(&fs->lock);
 }
 
-/* ---- poll
- * ----------------------------------------------------------------------------------------------------------
- */
+/* ---- poll ---- */
 
 struct ready {
 	struct ffs_fs *fs;

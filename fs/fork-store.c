@@ -19,8 +19,7 @@
 #include "durable.h"
 #include "fork.h"
 
-/* ---- the record
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- the record ---- */
 
 static int copy_box(const struct ffs_fork_box *from, struct ffs_fork_record *r)
 {
@@ -89,8 +88,7 @@ int ffs_fork_record(struct ffs_fs *fs, struct ffs_fork *f, char **text, size_t *
 	return text_of(f, NULL, NULL, text, len, err);
 }
 
-/* ---- its file; fs->names held
- * --------------------------------------------------------------------------------------------- */
+/* ---- its file; fs->names held ---- */
 
 static int cannot(const struct ffs_fork *f, int code, const char *what, struct ffs_error *err)
 {
@@ -150,8 +148,7 @@ static int remove_file(struct ffs_fork *f, int dir, struct ffs_error *err)
 	return r < 0 && r != -ENOENT ? cannot(f, -r, "removed from", err) : 0;
 }
 
-/* ---- changes
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- changes ---- */
 
 int ffs_fork_keep_new(struct ffs_fork *f, struct ffs_error *err)
 {
@@ -267,8 +264,7 @@ int ffs_fork_keep_removed(struct ffs_fork *f, struct ffs_error *err)
 	return r;
 }
 
-/* ---- back
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- back ---- */
 
 struct loading {
 	struct ffs_fs *fs;

@@ -121,8 +121,7 @@ void ffs_forks_drop(struct ffs_named *named)
 		ffs_fork_remove(ffs_container(named->forks.next, struct ffs_fork, link));
 }
 
-/* ---- payloads
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- payloads ---- */
 
 static struct ffs_staged *at_frame(const struct ffs_fork *f, uint64_t offset)
 {
@@ -224,8 +223,7 @@ int ffs_fork_unstage(struct ffs_fork *f, const char *text, struct ffs_error *err
 	return 0;
 }
 
-/* ---- what it says
- * -------------------------------------------------------------------------------------------------- */
+/* ---- what it says ---- */
 
 static struct json_object *staged_json(const struct ffs_staged *s)
 {
@@ -318,8 +316,7 @@ char *ffs_fork_manifest(struct ffs_fs *fs, struct ffs_fork *f, struct ffs_shot *
 	return n < 0 ? NULL : text;
 }
 
-/* ---- FUSE
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- FUSE ---- */
 
 static void mkdir_task(struct ffs_task *t)
 {

@@ -54,9 +54,7 @@ void ffs_keyed_free(struct ffs_fs *fs)
 	fs->keyed = NULL;
 }
 
-/* ---- letting go
- * -----------------------------------------------------------------------------------------------------------
- */
+/* ---- letting go ---- */
 
 struct forget {
 	struct ffs_work work;
@@ -247,8 +245,7 @@ uint64_t ffs_keyed_tick(struct ffs_fs *fs, uint64_t now_ns)
 	return now_ns + AGAIN_NS;
 }
 
-/* ---- finding and taking
- * -------------------------------------------------------------------------------------------- */
+/* ---- finding and taking ---- */
 
 void ffs_keyed_used(struct ffs_named *n)
 {

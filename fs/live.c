@@ -76,9 +76,7 @@ struct ffs_node *ffs_live_lookup(struct ffs_call *call, struct ffs_node *dir, in
 	return ffs_node_get(fs, &key, dir->sbx, NULL, live);
 }
 
-/* ---- the take
- * ---------------------------------------------------------------------------------------------------------
- */
+/* ---- the take ---- */
 
 struct take_job {
 	struct ffs_work work;
@@ -182,9 +180,7 @@ static void run_take(struct ffs_work *w)
 	free(job);
 }
 
-/* ---- open
- * -------------------------------------------------------------------------------------------------------------
- */
+/* ---- open ---- */
 
 /* Tree lock held: nobody waits for the take any more? */
 static void drop_if_unwanted(struct ffs_live *l)
@@ -405,8 +401,7 @@ void ffs_live_open(struct ffs_call *call, struct ffs_node *node, int flags)
 	ffs_parked_unref(p);
 }
 
-/* ---- payloads
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- payloads ---- */
 
 /* Tree lock held: an interrupted write. */
 static void stager_gone(struct ffs_parked *p)

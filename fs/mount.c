@@ -28,8 +28,7 @@
 
 extern char **environ;
 
-/* ---- mountinfo
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- mountinfo ---- */
 
 struct mounted {
 	int id;
@@ -88,8 +87,7 @@ bool ffs_is_mounted(const char *mountpoint)
 	return find_mount(mountpoint, &m) && strcmp(m.type, FSTYPE) == 0;
 }
 
-/* ---- fusermount3
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- fusermount3 ---- */
 
 static int run_fusermount(const char *dir, bool lazy)
 {
@@ -134,9 +132,7 @@ int ffs_unmount(const char *mountpoint, bool lazy, struct ffs_error *err)
 	return r < 0 ? ffs_error_errno(err, -r, "unmounting %s", mountpoint) : 0;
 }
 
-/* ---- mounting
- * ------------------------------------------------------------------------------------------------------------
- */
+/* ---- mounting ---- */
 
 int ffs_mount_prepare(const char *dir, struct ffs_error *err)
 {

@@ -157,9 +157,7 @@ int ffs_named_take(struct ffs_named *n, const struct ffs_take_options *how, stru
 	return r;
 }
 
-/* ---- mkdir
- * -------------------------------------------------------------------------------------------------------------
- */
+/* ---- mkdir ---- */
 
 static bool task_wanted(void *arg)
 {
@@ -207,9 +205,7 @@ void ffs_named_mkdir(struct ffs_call *call, struct ffs_node *dir, const char *na
 	ffs_task_start(t, mkdir_task);
 }
 
-/* ---- rmdir
- * -------------------------------------------------------------------------------------------------------------
- */
+/* ---- rmdir ---- */
 
 /* Tree lock held, and back again: out of the store, if it is there, then out of the tree. fs->names is held,
  * so nobody else removes or renames it meanwhile. */
@@ -320,9 +316,7 @@ void ffs_named_rmdir(struct ffs_call *call, struct ffs_node *dir, const char *na
 	ffs_task_start(t, rmdir_task);
 }
 
-/* ---- rename
- * ------------------------------------------------------------------------------------------------------------
- */
+/* ---- rename ---- */
 
 /* Tree lock and fs->names held; the tree lock is given back while the store's directory is renamed. */
 static int rename_locked(struct ffs_task *t, struct ffs_error *err)

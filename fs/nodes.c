@@ -121,8 +121,7 @@ mode_t ffs_kind_type(enum ffs_kind kind)
 	return kinds[kind].type;
 }
 
-/* ---- keys and numbers
- * ---------------------------------------------------------------------------------------------- */
+/* ---- keys and numbers ---- */
 
 static uint64_t mix(uint64_t h, uint64_t v)
 {
@@ -180,9 +179,7 @@ uint64_t ffs_node_dir_ino(const struct ffs_node *n)
 	return ffs_ino(dir, serial_of(n->sbx, n->named, n->fork), key);
 }
 
-/* ---- table
- * ---------------------------------------------------------------------------------------------------------
- */
+/* ---- table ---- */
 
 static void link_id(struct ffs_nodes *t, struct ffs_node *n)
 {
@@ -356,8 +353,7 @@ unsigned ffs_nodes_count(struct ffs_fs *fs)
 	return fs->nodes->count;
 }
 
-/* ---- attributes
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- attributes ---- */
 
 static uint64_t size_of(const struct ffs_node *n)
 {
@@ -475,8 +471,7 @@ double ffs_node_entry_ttl(struct ffs_fs *fs, const struct ffs_node *n)
 		       : 0;
 }
 
-/* ---- what the kernel must forget
- * ----------------------------------------------------------------------------------- */
+/* ---- what the kernel must forget ---- */
 
 static struct ffs_node *find_plain(struct ffs_fs *fs, enum ffs_kind kind, uint64_t object)
 {

@@ -136,8 +136,7 @@ uint64_t ffs_branches_node(struct ffs_fs *fs, struct ffs_sbx *sbx);
 /* As ffs_inval_send(), for one name in that directory. */
 void ffs_inval_name(struct ffs_fs *fs, uint64_t dir, const char *name);
 
-/* ---- open files
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- open files ---- */
 
 struct ffs_txn;
 

@@ -61,8 +61,7 @@ static bool hidden(const struct ffs_sbx *s)
 	return s->removed || (s->attaching && !s->n_branches);
 }
 
-/* ---- lookup: tree lock held
- * ------------------------------------------------------------------------------------------------ */
+/* ---- lookup: tree lock held ---- */
 
 static struct ffs_node *get(
 	struct ffs_fs *fs, enum ffs_kind kind, struct ffs_sbx *sbx, struct ffs_named *named)
@@ -224,8 +223,7 @@ void ffs_op_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
 	ffs_call_end(&call, dir);
 }
 
-/* ---- forget, getattr
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- forget, getattr ---- */
 
 static void forget(struct ffs_fs *fs, uint64_t ino, uint64_t n)
 {
@@ -267,8 +265,7 @@ void ffs_op_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 	ffs_call_end(&call, node);
 }
 
-/* ---- listings: made at opendir, so that one listing is consistent
- * ------------------------------------------------------------- */
+/* ---- listings: made at opendir, so that one listing is consistent ---- */
 
 void ffs_listing_add(struct ffs_listing *l, const char *name, uint64_t ino, mode_t type)
 {
@@ -467,8 +464,7 @@ void ffs_op_releasedir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi
 	fuse_reply_err(req, 0);
 }
 
-/* ---- operations on names
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- operations on names ---- */
 
 /* The kernel holds the directory's lock: what is not durable yet is said, not waited for. */
 void ffs_op_fsyncdir(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi)

@@ -40,9 +40,7 @@ static void put_handle(struct ffs_call *call, struct ffs_handle *h)
 	pthread_mutex_unlock(&call->fs->lock);
 }
 
-/* ---- open
- * -----------------------------------------------------------------------------------------------------------------
- */
+/* ---- open ---- */
 
 /* Everything but branches: a handle, direct I/O. */
 static void open_plain(struct ffs_call *call, struct ffs_node *node, int flags)
@@ -122,9 +120,7 @@ void ffs_op_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 	fuse_reply_err(req, 0);
 }
 
-/* ---- read and write
- * ---------------------------------------------------------------------------------------------------------
- */
+/* ---- read and write ---- */
 
 void ffs_reply_text(struct ffs_fs *fs, fuse_req_t req, struct ffs_handle *h, char *text, size_t len,
 	size_t size, uint64_t off)
@@ -263,9 +259,7 @@ void ffs_op_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file
 	ffs_call_end(&call, node);
 }
 
-/* ---- poll, lseek
- * --------------------------------------------------------------------------------------------------------------
- */
+/* ---- poll, lseek ---- */
 
 void ffs_op_poll(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi, struct fuse_pollhandle *ph)
 {

@@ -44,9 +44,7 @@ void ffs_call_end(struct ffs_call *call, struct ffs_node *node)
 	pthread_mutex_unlock(&call->fs->lock);
 }
 
-/* ---- refused
- * --------------------------------------------------------------------------------------------------------------
- */
+/* ---- refused ---- */
 
 static void refuse(fuse_req_t req, fuse_ino_t ino, int code, const char *why)
 {
@@ -172,8 +170,7 @@ static void op_statfs(fuse_req_t req, fuse_ino_t ino)
 	fuse_reply_statfs(req, &st);
 }
 
-/* ---- extended attributes
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- extended attributes ---- */
 
 /* The sentence of a directory, for it and for the files in it. */
 static int sentence(struct ffs_call *call, struct ffs_node *node, char out[512])

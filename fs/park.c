@@ -125,8 +125,7 @@ void ffs_parked_fail(struct ffs_parked *p, uint64_t dir_ino, int code, const str
 	ffs_parked_unref(p);
 }
 
-/* ---- tasks
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- tasks ---- */
 
 struct ffs_task *ffs_task_new(struct ffs_call *call, bool cancellable)
 {

@@ -16,8 +16,7 @@
 #include "mailbox/ack.h"
 #include "text.h"
 
-/* ---- language
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- language ---- */
 
 static int parse_timeout(struct json_object *o, struct ffs_box_request *box, struct ffs_error *err)
 {
@@ -164,8 +163,7 @@ int ffs_request_parse_fork(
 	return parse_boxes(o, body, req, err);
 }
 
-/* ---- carrying it out
- * ---------------------------------------------------------------------------------------------- */
+/* ---- carrying it out ---- */
 
 static int add_payload(struct ffs_shot *shot, struct ffs_fork *f, const struct ffs_box_request *box,
 	const struct ffs_caller *who, struct ffs_error *err)

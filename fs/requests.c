@@ -28,8 +28,7 @@
 /* Bound of a branch that was asked for by ctl: nothing of the tree is locked meanwhile. */
 #define CTL_TAKE_NS (30 * FFS_NS_PER_S)
 
-/* ---- admission: reserve, tree lock held
- * --------------------------------------------------------------------------------- */
+/* ---- admission: reserve, tree lock held ---- */
 
 static int admit_detach(struct ffs_fs *fs, struct ffs_request *req, struct ffs_error *err)
 {
@@ -140,8 +139,7 @@ void ffs_request_clear(struct ffs_fs *fs, struct ffs_request *req)
 	*req = (struct ffs_request){0};
 }
 
-/* ---- detach, shutdown
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- detach, shutdown ---- */
 
 void ffs_sbx_detach(struct ffs_sbx *s)
 {
@@ -221,9 +219,7 @@ static void run_shutdown(struct ffs_txn *t)
 	ffs_reaper_push(fs->reaper, NULL);
 }
 
-/* ---- branch
- * -------------------------------------------------------------------------------------------------------------
- */
+/* ---- branch ---- */
 
 struct txn_wait {
 	struct ffs_waiter waiter;

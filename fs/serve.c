@@ -134,9 +134,7 @@ void ffs_reply_failure(struct ffs_fs *fs, fuse_req_t req, const struct ffs_calle
 	fuse_reply_err(req, code == ENOSYS ? EOPNOTSUPP : code);
 }
 
-/* ---- entries
- * -------------------------------------------------------------------------------------------------------------
- */
+/* ---- entries ---- */
 
 void ffs_reply_entry(struct ffs_fs *fs, fuse_req_t req, struct ffs_node *node)
 {
@@ -175,8 +173,7 @@ void ffs_reply_node(struct ffs_call *call, fuse_req_t req, const struct ffs_node
 		fuse_reply_err(req, ENOMEM);
 }
 
-/* ---- repeated OPENs
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- repeated OPENs ---- */
 
 void ffs_retry_note(struct ffs_fs *fs, pid_t tid, uint64_t ino, enum ffs_retry why)
 {

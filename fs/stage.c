@@ -88,8 +88,7 @@ int ffs_shot_frames(struct ffs_shot *s, struct ffs_mailbox_frames *out, struct f
 	return r < 0 ? ffs_error_set(err, ENOMEM, "no memory") : 0;
 }
 
-/* ---- the running guest
- * ------------------------------------------------------------------------------------------ */
+/* ---- the running guest ---- */
 
 static ssize_t read_running(void *arg, void *buf, size_t len, uint64_t off, struct ffs_error *err)
 {
@@ -176,8 +175,7 @@ int ffs_sbx_find_frame(struct ffs_sbx *sbx, const struct ffs_stage_request *req,
 	return r;
 }
 
-/* ---- pages
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- pages ---- */
 
 /* The branch's page with the payload in it. */
 static int make_page(struct ffs_shot *shot, struct ffs_staged *s, const uint8_t epoch[16], unsigned port,

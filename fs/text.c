@@ -85,8 +85,7 @@ static int make_capabilities(struct ffs_fs *fs, char **text)
 	return from_json(o, text);
 }
 
-/* ---- metrics: Prometheus text format 0.0.4
- * ------------------------------------------------------------------------- */
+/* ---- metrics: Prometheus text format 0.0.4 ---- */
 
 struct tally {
 	unsigned sandboxes, exited, generations, writing, ready, failed, nodes, handles;
@@ -192,8 +191,7 @@ static int make_metrics(struct ffs_fs *fs, char **text)
 	return fclose(f) != 0 || bad ? -ENOMEM : (int)len;
 }
 
-/* ---- sandboxes and branches
- * ---------------------------------------------------------------------------------------- */
+/* ---- sandboxes and branches ---- */
 
 static void add_branches(struct ffs_sbx *s, struct json_object *o)
 {

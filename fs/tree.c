@@ -22,8 +22,7 @@
 #include "fork.h"
 #include "park.h"
 
-/* ---- shots
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- shots ---- */
 
 static void call_waiters(struct ffs_shot *s, struct ffs_list *waiters)
 {
@@ -260,8 +259,7 @@ void ffs_shot_watch(struct ffs_shot *s)
 	ffs_branch_watch(s->branch, &s->watch);
 }
 
-/* ---- generations
- * -------------------------------------------------------------------------------------------------- */
+/* ---- generations ---- */
 
 struct ffs_live *ffs_live_new(struct ffs_sbx *sbx, const char *key)
 {
@@ -326,8 +324,7 @@ void ffs_live_ended(void *data, void *arg)
 	ffs_live_unref(l);
 }
 
-/* ---- named branches
- * ------------------------------------------------------------------------------------------------ */
+/* ---- named branches ---- */
 
 struct ffs_named *ffs_named_find(struct ffs_sbx *sbx, const char *name)
 {
@@ -413,8 +410,7 @@ void ffs_named_remove(struct ffs_named *n)
 	ffs_named_unref(n);
 }
 
-/* ---- sandboxes
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- sandboxes ---- */
 
 struct ffs_sbx *ffs_tree_find(struct ffs_fs *fs, const char *name)
 {

@@ -63,8 +63,7 @@ int ffs_thread_start(pthread_t *thread, void *(*fn)(void *), void *arg)
 	return -r;
 }
 
-/* ---- pool
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- pool ---- */
 
 struct ffs_pool {
 	pthread_mutex_t lock;
@@ -181,8 +180,7 @@ void ffs_pool_stop(struct ffs_pool *p)
 	pthread_mutex_unlock(&p->lock);
 }
 
-/* ---- reaper
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- reaper ---- */
 
 struct ffs_reaper {
 	pthread_t thread;

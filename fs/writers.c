@@ -212,8 +212,7 @@ unsigned ffs_write_place(struct ffs_write *w)
 	return place;
 }
 
-/* ---- what was removed
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- what was removed ---- */
 
 struct reap {
 	struct ffs_work work;

@@ -74,8 +74,7 @@ static bool take_words(const struct ffs_command *self, const struct ffs_opt *opt
 	return false;
 }
 
-/* ---- verify
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- verify ---- */
 
 struct verify {
 	const struct ffs_command *self;
@@ -172,8 +171,7 @@ int ffs_cmd_verify(const struct ffs_command *self, int argc, char **argv)
 	return v.failed ? (ffs_finish_output(self), FFS_EXIT_FAILURE) : ffs_finish_output(self);
 }
 
-/* ---- export
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- export ---- */
 
 /* To a file that has its name when it is whole. */
 static int export_to(
@@ -229,8 +227,7 @@ int ffs_cmd_export(const struct ffs_command *self, int argc, char **argv)
 	return r < 0 ? ffs_failure(self, &err) : FFS_EXIT_OK;
 }
 
-/* ---- import
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- import ---- */
 
 /* The store of the mount, as its daemon says. */
 static int store_of(struct ffs_tree *t, char **out, struct ffs_error *err)
@@ -326,8 +323,7 @@ int ffs_cmd_import(const struct ffs_command *self, int argc, char **argv)
 	return r < 0 ? ffs_failure(self, &err) : FFS_EXIT_OK;
 }
 
-/* ---- convert
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- convert ---- */
 
 /* STORE/SANDBOX/BRANCH of a store that no daemon serves. */
 static int convert_directory(
@@ -441,8 +437,7 @@ int ffs_cmd_convert(const struct ffs_command *self, int argc, char **argv)
 	return r < 0 ? ffs_failure(self, &err) : FFS_EXIT_OK;
 }
 
-/* ---- inspect
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- inspect ---- */
 
 int ffs_cmd_inspect(const struct ffs_command *self, int argc, char **argv)
 {

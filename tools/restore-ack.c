@@ -39,8 +39,7 @@ struct ffs_restore_ack {
 	unsigned looks;
 };
 
-/* ---- what is asked for
- * --------------------------------------------------------------------------------------------- */
+/* ---- what is asked for ---- */
 
 static int add_box(struct ffs_restore *r, struct json_object *box, struct ffs_error *err)
 {
@@ -86,8 +85,7 @@ int ffs_restore_ack_read(struct ffs_restore *r, struct json_object *status, stru
 	return got;
 }
 
-/* ---- the port
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- the port ---- */
 
 /* Every child has its own: the text does not say which of a fork's children it is from. */
 static int open_port(struct ffs_restore *r, struct ffs_child *c, struct ffs_error *err)
@@ -119,8 +117,7 @@ static void close_port(struct ffs_restore *r, struct ffs_child *c)
 	c->ack = NULL;
 }
 
-/* ---- the pages
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- the pages ---- */
 
 static int put_into(void *arg, const void *bytes, size_t len, unsigned at)
 {
@@ -183,8 +180,7 @@ int ffs_restore_ack_page(const struct ffs_restore *r, const struct ffs_child *c,
 	return 0;
 }
 
-/* ---- waiting
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- waiting ---- */
 
 static void receive(struct ffs_restore_ack *a)
 {
@@ -274,8 +270,7 @@ static int await_mailboxes(struct ffs_restore *r, struct ffs_child *c, struct ff
 	return await(c, FFS_MAILBOX_FORK, err);
 }
 
-/* ---- the list
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- the list ---- */
 
 struct hook {
 	const char *before_point, *loaded_point, *after_point; /* of fault injection */

@@ -39,7 +39,7 @@ struct ffs_memory {
 	int fd[FFS_MAX_REGIONS]; /* -1 for anonymous ones */
 };
 
-/* ---- opening --------------------------------------------------------------------------------- */
+/* ---- opening ---- */
 
 static bool is_file(int fd, const struct ffs_region *r)
 {
@@ -164,7 +164,7 @@ void ffs_memory_close(struct ffs_memory *m)
 	free(m);
 }
 
-/* ---- reading --------------------------------------------------------------------------------- */
+/* ---- reading ---- */
 
 static int read_file(int fd, void *buf, size_t len, uint64_t off, bool *zero)
 {
@@ -299,7 +299,7 @@ int ffs_memory_read(struct ffs_memory *m, unsigned i, uint64_t off, void *buf, s
 	return 0;
 }
 
-/* ---- the beginnings of pages ------------------------------------------------------------------- */
+/* ---- the beginnings of pages ---- */
 
 /* Of pages that the VMM has not mapped, or not as its own: what its file has there, zeros in holes. */
 static int heads_of_file(int fd, uint64_t off, uint64_t *head, size_t n)
@@ -380,7 +380,7 @@ int ffs_memory_read_heads(struct ffs_memory *m, unsigned i, uint64_t off, uint64
 	return e;
 }
 
-/* ---- checking -------------------------------------------------------------------------------- */
+/* ---- checking ---- */
 
 static const char *difference(const struct ffs_memory *m, unsigned i, const struct ffs_vma *vma, unsigned n)
 {

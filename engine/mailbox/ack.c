@@ -35,8 +35,7 @@ const char *ffs_ack_state_name(enum ffs_ack_state s)
 	return names[s];
 }
 
-/* ---- the text
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- the text ---- */
 
 static int hex_digit(char c)
 {
@@ -135,8 +134,7 @@ bool ffs_ack_parse(const char *text, size_t len, struct ffs_ack *out)
 	return f.stages && f.names;
 }
 
-/* ---- the waiter
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- the waiter ---- */
 
 int ffs_ack_add(struct ffs_ack_wait *w, enum ffs_mailbox_kind kind, const char *name, unsigned timeout_ms)
 {

@@ -45,8 +45,7 @@ const struct ffs_mailbox_layout *ffs_mailbox_layout(enum ffs_mailbox_kind kind)
 	return &layouts[kind];
 }
 
-/* ---- numbers
- * ---------------------------------------------------------------------------------------- */
+/* ---- numbers ---- */
 
 static void put_u32(uint8_t *p, uint32_t v)
 {
@@ -59,8 +58,7 @@ static uint32_t get_u32(const uint8_t *p)
 	return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
-/* ---- names, tokens, markers
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- names, tokens, markers ---- */
 
 static bool name_char(unsigned char c)
 {
@@ -185,8 +183,7 @@ int ffs_mailbox_fits(
 	return 0;
 }
 
-/* ---- checksum
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- checksum ---- */
 
 uint32_t ffs_crc32c(uint32_t crc, const void *bytes, size_t len)
 {
@@ -211,8 +208,7 @@ static uint32_t checksum(const uint8_t *extension, const uint8_t *length, const 
 	return ffs_crc32c(crc, payload, len);
 }
 
-/* ---- writing and reading
- * ----------------------------------------------------------------------------------------- */
+/* ---- writing and reading ---- */
 
 int ffs_mailbox_write(enum ffs_mailbox_kind kind, const void *payload, size_t len, const uint8_t epoch[16],
 	uint32_t flags, ffs_mailbox_put put, void *arg)

@@ -331,8 +331,7 @@ int ffs_json_object(const char *text, size_t len, struct ffs_span *object, struc
 	return 0;
 }
 
-/* ---- walks over checked texts
- * ----------------------------------------------------------------------------------- */
+/* ---- walks over checked texts ---- */
 
 static const char *skip_space(const char *p, const char *end)
 {

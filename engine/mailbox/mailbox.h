@@ -20,8 +20,7 @@
 #define FFS_MAILBOX_PAYLOAD_MAX 4024u /* bytes of the largest payload of any layout */
 #define FFS_MAILBOX_FRAMES_MAX 4096u  /* frames of one memory; more are refused (EOVERFLOW) */
 
-/* ---- layouts
- * --------------------------------------------------------------------------------------------------- */
+/* ---- layouts ---- */
 
 enum ffs_mailbox_kind { FFS_MAILBOX_FORK, FFS_MAILBOX_NETWORK, FFS_MAILBOX_KINDS };
 
@@ -61,8 +60,7 @@ int ffs_mailbox_marker(const struct ffs_mailbox_id *id, void *out, struct ffs_er
 /* Is this page a frame? Name and token must be whole and terminated. */
 bool ffs_mailbox_parse(const void *page, struct ffs_mailbox_id *out);
 
-/* ---- finding
- * --------------------------------------------------------------------------------------------------- */
+/* ---- finding ---- */
 
 struct ffs_mailbox_frame {
 	uint64_t offset; /* in memory.bin, a multiple of the page */
@@ -111,8 +109,7 @@ bool ffs_mailbox_means(const struct ffs_mailbox_id *id, const char *text);
 int ffs_mailbox_fits(
 	enum ffs_mailbox_kind kind, size_t payload, uint64_t offset, uint64_t memory, struct ffs_error *err);
 
-/* ---- writing
- * --------------------------------------------------------------------------------------------------- */
+/* ---- writing ---- */
 
 /* Bits of an extension's flags. */
 #define FFS_MAILBOX_PRESENT 1u /* crc32c, flags and epoch are there */
@@ -136,8 +133,7 @@ int ffs_mailbox_read(enum ffs_mailbox_kind kind, const void *page, const void **
 /* CRC-32C (Castagnoli, RFC 3720 B.4), continuing `crc` (0 to begin). */
 uint32_t ffs_crc32c(uint32_t crc, const void *bytes, size_t len);
 
-/* ---- payloads: JSON that is checked and never made anew
- * --------------------------------------------------------- */
+/* ---- payloads: JSON that is checked and never made anew ---- */
 
 #define FFS_JSON_DEPTH 32
 
@@ -181,8 +177,7 @@ ssize_t ffs_json_add_port(struct ffs_span object, const char *key, unsigned port
 int ffs_mailbox_lay(enum ffs_mailbox_kind kind, struct ffs_span payload, const uint8_t epoch[16],
 	bool wants_ack, unsigned port, void *page, struct ffs_error *err);
 
-/* ---- overlays
- * --------------------------------------------------------------------------------------------------- */
+/* ---- overlays ---- */
 
 /* A fork's pages over its branch: what it costs beyond the branch. Reference counted; changed by its one
  * owner until it is first read through, then fixed. */

@@ -263,8 +263,7 @@ int ffs_mailbox_verify(
 	return 0;
 }
 
-/* ---- which one
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- which one ---- */
 
 bool ffs_mailbox_means(const struct ffs_mailbox_id *id, const char *text)
 {

@@ -31,7 +31,7 @@
 #define MESSAGE_NS (10 * FFS_NS_PER_S)
 #define MAX_EVENTS 16
 
-/* ---- the message ------------------------------------------------------------------------------- */
+/* ---- the message ---- */
 
 /* Its fields are those of the kernel's: with them the VMM's memory would move to where we do not look. */
 static int check_features(int uffd, struct ffs_error *err)
@@ -86,7 +86,7 @@ static int receive(struct ffs_child *c, struct ffs_error *err)
 	return r < 0 ? r : 0;
 }
 
-/* ---- the image --------------------------------------------------------------------------------- */
+/* ---- the image ---- */
 
 static int open_memory(struct ffs_child *c, struct ffs_error *err)
 {
@@ -171,7 +171,7 @@ static int prepare(struct ffs_child *c, struct ffs_error *err)
 	return ffs_pager_serves(c, touched, err);
 }
 
-/* ---- serving ----------------------------------------------------------------------------------- */
+/* ---- serving ---- */
 
 static int on_event(struct ffs_child *c, const struct uffd_msg *m, struct ffs_error *err)
 {

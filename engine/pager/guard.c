@@ -89,7 +89,7 @@ int ffs_guard_accept(int listening, uid_t uid, struct ffs_guard_peer *out)
 	return 0;
 }
 
-/* ---- the guard's side -------------------------------------------------------------------------- */
+/* ---- the guard's side ---- */
 
 static void forget(unsigned i)
 {
@@ -242,7 +242,7 @@ static void guard_body(int sock, void *unused)
 	kill_all();
 }
 
-/* ---- the pager's side -------------------------------------------------------------------------- */
+/* ---- the pager's side ---- */
 
 int ffs_guard_start(struct ffs_guard *g, struct ffs_error *err)
 {

@@ -60,7 +60,7 @@ void ffs_pager_report(struct ffs_child *c, enum ffs_pager_event_kind kind, const
 	pthread_mutex_unlock(&p->lock);
 }
 
-/* ---- the working set --------------------------------------------------------------------------- */
+/* ---- the working set ---- */
 
 /* What the VMMs touched, those that are there and those that were: a copy. NULL: no VMM came yet, or no
  * memory. */
@@ -182,7 +182,7 @@ void ffs_pager_over(struct ffs_child *c, bool was_served)
 		ffs_log(FFS_LOG_ERROR, "pager: %s", strerror(errno));
 }
 
-/* ---- who connects ------------------------------------------------------------------------------ */
+/* ---- who connects ---- */
 
 static void free_child(struct ffs_child *c)
 {
@@ -405,7 +405,7 @@ void ffs_pager_last(struct ffs_pager *p)
 	signal_fd(p->last);
 }
 
-/* ---- beginning and end ------------------------------------------------------------------------- */
+/* ---- beginning and end ---- */
 
 static int listen_at(struct ffs_pager *p, struct ffs_error *err)
 {

@@ -202,8 +202,7 @@ int ffs_draft_add_file(struct ffs_draft *d, const char *name, uint64_t size, con
 	return 0;
 }
 
-/* ---- files
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- files ---- */
 
 int ffs_draft_file(struct ffs_draft *d, const char *name, int fd, struct ffs_error *err)
 {
@@ -297,8 +296,7 @@ int ffs_draft_disk(
 		     : 0;
 }
 
-/* ---- memory
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- memory ---- */
 
 /* Where the blocks go: one file, or a packer. */
 struct sink {

@@ -136,8 +136,7 @@ static int put_file(struct out *o, const struct ffs_file_entry *f, struct ffs_er
 	return r;
 }
 
-/* ---- a branch that is in memory only: its hashes are made first
- * ------------------------------------------------------------ */
+/* ---- a branch that is in memory only: its hashes are made first ---- */
 
 static int add_hashed(struct ffs_draft *d, int dir, const char *name, struct ffs_store_progress *p)
 {
@@ -225,8 +224,7 @@ static int complete(struct out *o, char **text, size_t *len, struct ffs_error *e
 	return r;
 }
 
-/* ---- all of it
- * --------------------------------------------------------------------------------------------------------- */
+/* ---- all of it ---- */
 
 static int read_text(struct out *o, char **text, size_t *len)
 {

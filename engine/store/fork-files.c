@@ -43,8 +43,7 @@ static int open_forks(int dir, bool make)
 	return r < 0 ? r : ffs_store_open_subdir(dir, FFS_FORKS);
 }
 
-/* ---- changes
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- changes ---- */
 
 int ffs_fork_file_write(int dir, const char *name, const char *text, size_t len)
 {
@@ -104,8 +103,7 @@ int ffs_fork_file_remove(int dir, const char *name)
 	return r ? r : ffs_store_ops->fsync(forks);
 }
 
-/* ---- what is there
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- what is there ---- */
 
 /* forks/NAME.json of a store, forks/NAME/record.json of a mount: the name, or false. */
 static bool name_of(const struct dirent *e, char out[FFS_NAME_MAX])
@@ -269,8 +267,7 @@ int ffs_fork_file_read(int dir, const char *name, char **text, size_t *len, stru
 	return r < 0 ? ffs_error_errno(err, -r, "%s", path) : 0;
 }
 
-/* ---- with the branch
- * ------------------------------------------------------------------------------------------------- */
+/* ---- with the branch ---- */
 
 static ssize_t read_memory(void *arg, void *buf, size_t len, uint64_t off, struct ffs_error *err)
 {

@@ -24,8 +24,7 @@ void ffs_fork_record_clear(struct ffs_fork_record *r)
 	*r = (struct ffs_fork_record){0};
 }
 
-/* ---- hexadecimal
- * -------------------------------------------------------------------------------------------------- */
+/* ---- hexadecimal ---- */
 
 static struct json_object *to_hex(const uint8_t *bytes, size_t len)
 {
@@ -61,8 +60,7 @@ static ssize_t from_hex(const char *text, uint8_t *out, size_t room)
 	return (ssize_t)len;
 }
 
-/* ---- writing
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- writing ---- */
 
 static struct json_object *box_object(const struct ffs_fork_box *b)
 {
@@ -103,8 +101,7 @@ int ffs_fork_record_text(const struct ffs_fork_record *r, char **out, size_t *le
 	return got;
 }
 
-/* ---- reading
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- reading ---- */
 
 static int wrong(const char *file, const char *what, struct ffs_error *err)
 {
@@ -259,8 +256,7 @@ int ffs_fork_record_parse(const char *text, size_t len, const char *name, const 
 	return got;
 }
 
-/* ---- what the pages are worth
- * ---------------------------------------------------------------------------------------------- */
+/* ---- what the pages are worth ---- */
 
 static int check_box(const struct ffs_fork_record *r, const struct ffs_fork_box *b,
 	const struct ffs_mailbox_memory *mem, struct ffs_error *err)

@@ -31,8 +31,7 @@ struct ffs_fork_record {
 };
 void ffs_fork_record_clear(struct ffs_fork_record *r);
 
-/* ---- the text: no I/O
- * --------------------------------------------------------------------------------------------- */
+/* ---- the text: no I/O ---- */
 
 /* The caller frees it. */
 int ffs_fork_record_text(const struct ffs_fork_record *r, char **out, size_t *len, struct ffs_error *err);
@@ -45,8 +44,7 @@ int ffs_fork_record_parse(const char *text, size_t len, const char *name, const 
 int ffs_fork_record_check(
 	const struct ffs_fork_record *r, const struct ffs_mailbox_memory *mem, struct ffs_error *err);
 
-/* ---- files: `dir` is a branch's directory, or its draft's. Whoever changes one is the only one who does
- * ----------------------------------------------------------- */
+/* ---- files: `dir` is a branch's directory, or its draft's. Whoever changes one is the only one who does ---- */
 
 /* Write the text beside the file that it will be: synced, and nobody finds it yet. */
 int ffs_fork_file_write(int dir, const char *name, const char *text, size_t len);

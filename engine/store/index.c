@@ -105,8 +105,7 @@ void ffs_pack_header(unsigned char out[FFS_PACK_HEADER], const unsigned char id[
 	memcpy(out + 16, id, 16);
 }
 
-/* ---- to bytes
- * ---------------------------------------------------------------------------------------------------------- */
+/* ---- to bytes ---- */
 
 int ffs_index_encode(const struct ffs_index *x, unsigned char **out, size_t *len)
 {
@@ -153,8 +152,7 @@ int ffs_index_encode(const struct ffs_index *x, unsigned char **out, size_t *len
 	return 0;
 }
 
-/* ---- from bytes
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- from bytes ---- */
 
 static int damaged(struct ffs_error *err, const char *what)
 {

@@ -27,8 +27,7 @@
 #define FFS_FORK_RECORD "record.json" /* the same file through a mount: forks/NAME/record.json */
 #define FFS_MANIFEST_MAX (256u << 20)
 
-/* ---- ops.c: 0 (or bytes, or a descriptor) or -errno; EINTR is retried, but not by read
- * ------------------------------------------------------------------ */
+/* ---- ops.c: 0 (or bytes, or a descriptor) or -errno; EINTR is retried, but not by read ---- */
 
 /* What is done with `to`: it must not be there; it is replaced; the two change places. */
 enum ffs_rename { FFS_RENAME_NEW, FFS_RENAME_OVER, FFS_RENAME_EXCHANGE };
@@ -59,8 +58,7 @@ int ffs_store_write_file(int dir, const char *name, const void *buf, size_t len)
 /* Does name end in suffix? */
 bool ffs_has_suffix(const char *name, const char *suffix);
 
-/* ---- hashes
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- hashes ---- */
 
 /* xxh3-128 as it is stored: the canonical (big-endian) form. */
 struct ffs_hash {
@@ -75,8 +73,7 @@ bool ffs_hash_equal(const struct ffs_hash *a, const struct ffs_hash *b);
 /* Of a file from its offset 0 to its end. */
 int ffs_hash_file(int fd, struct ffs_hash *out, uint64_t *size, struct ffs_store_progress *p);
 
-/* ---- store.c
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- store.c ---- */
 
 struct ffs_store {
 	char *path;
@@ -87,8 +84,7 @@ struct ffs_store {
 int ffs_store_errno(const struct ffs_store *st, int code, struct ffs_error *err, const char *fmt, ...)
 	FFS_PRINTF(4, 5);
 
-/* ---- draft.c, publish.c
- * ------------------------------------------------------------------------------------------------- */
+/* ---- draft.c, publish.c ---- */
 
 struct ffs_file_entry {
 	char name[256]; /* relative to the branch, with slashes */
@@ -121,8 +117,7 @@ int ffs_draft_add_file(struct ffs_draft *d, const char *name, uint64_t size, con
 int ffs_draft_begin_other(struct ffs_store *st, const char *sandbox, const char *name, struct ffs_stored *old,
 	struct ffs_draft **out, struct ffs_error *err);
 
-/* ---- seal.c: JSON files with a version and a checksum, no I/O
- * ------------------------------------------------------------------------------ */
+/* ---- seal.c: JSON files with a version and a checksum, no I/O ---- */
 
 struct ffs_seal {
 	const char *file, *key; /* for messages; the member of the checksum */
@@ -140,8 +135,7 @@ const char *ffs_object_string(struct json_object *o, const char *key);
 /* False: there is none, or it is no size. */
 bool ffs_object_size(struct json_object *o, const char *key, uint64_t *out);
 
-/* ---- manifest.c: text and members, no I/O
- * ----------------------------------------------------------------------------------- */
+/* ---- manifest.c: text and members, no I/O ---- */
 
 /* ffs_seal_parse() and ffs_seal_text() of a manifest. */
 int ffs_manifest_parse(
@@ -167,8 +161,7 @@ struct ffs_manifest {
 int ffs_manifest_load(struct json_object *o, bool blocks, struct ffs_manifest *out, struct ffs_error *err);
 void ffs_manifest_clear(struct ffs_manifest *m);
 
-/* ---- index.c: memory.idx
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- index.c: memory.idx ---- */
 
 enum ffs_chunk_kind { FFS_CHUNK_ZERO, FFS_CHUNK_RAW, FFS_CHUNK_LZ4, FFS_CHUNK_KINDS };
 #define FFS_PACK_MAX (64u << 20)
@@ -200,8 +193,7 @@ int ffs_index_decode(const unsigned char *buf, size_t len, struct ffs_index *out
 uint32_t ffs_index_chunk_len(const struct ffs_index *x, uint64_t chunk);
 void ffs_pack_header(unsigned char out[FFS_PACK_HEADER], const unsigned char id[16]);
 
-/* ---- pack.c: packed memory
- * -------------------------------------------------------------------------------------------------- */
+/* ---- pack.c: packed memory ---- */
 
 struct ffs_packer;
 int ffs_packer_new(struct ffs_draft *d, uint64_t memory_size, struct ffs_stored *share,
@@ -217,8 +209,7 @@ void ffs_packer_free(struct ffs_packer *p);
 bool ffs_chunk_decode(enum ffs_chunk_kind kind, const void *in, uint32_t stored, void *out, uint32_t len,
 	const struct ffs_hash *hash);
 
-/* ---- stored.c, packed.c
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- stored.c, packed.c ---- */
 
 #define FFS_CHUNK_SLOTS 32u
 
@@ -253,16 +244,14 @@ ssize_t ffs_packed_read(struct ffs_stored *s, void *buf, size_t len, uint64_t of
 int ffs_packed_chunk(struct ffs_stored *s, uint64_t chunk, bool checked, void *out, struct ffs_error *err);
 void ffs_packed_close(struct ffs_stored *s);
 
-/* ---- share.c
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- share.c ---- */
 
 /* The packed branch whose chunks one with this manifest most likely has: its parent, wherever it is in the store, else
  * the sandbox's youngest. A reference, or NULL. */
 struct ffs_stored *ffs_store_find_share(
 	struct ffs_store *st, const char *sandbox, const struct ffs_manifest *m);
 
-/* ---- verify.c
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- verify.c ---- */
 
 /* The same branch with descriptors of its own. */
 /* A draft whose manifest is written, as the branch that it will be. */

@@ -15,8 +15,7 @@
 static const struct ffs_seal seal = {
 	.file = FFS_MANIFEST, .key = "manifest_xxh3_128", .max = FFS_MANIFEST_MAX};
 
-/* ---- writing
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- writing ---- */
 
 static void add_hash(struct json_object *o, const char *key, const struct ffs_hash *h)
 {
@@ -92,8 +91,7 @@ int ffs_manifest_text(struct json_object *o, char **out, size_t *len, struct ffs
 	return ffs_seal_text(&seal, o, out, len, err);
 }
 
-/* ---- reading
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- reading ---- */
 
 int ffs_manifest_parse(
 	const char *text, size_t len, struct json_object **out, bool *sealed, struct ffs_error *err)

@@ -50,8 +50,7 @@ static int fail(struct ffs_packer *p, int code, struct ffs_error *err)
 	return ffs_store_errno(p->d->st, -code, err, "memory of branch %s cannot be written", p->d->label);
 }
 
-/* ---- the pack file
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- the pack file ---- */
 
 static int flush(struct ffs_packer *p)
 {
@@ -142,8 +141,7 @@ static int begin_pack(struct ffs_packer *p)
 	return append(p, header, sizeof(header));
 }
 
-/* ---- sharing
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- sharing ---- */
 
 static const struct ffs_hash *hash_at(const struct ffs_packer *p, uint32_t ref)
 {
@@ -252,8 +250,7 @@ static int try_share(struct ffs_packer *p, const unsigned char *chunk, uint32_t 
 	return 0;
 }
 
-/* ---- chunks
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- chunks ---- */
 
 static int store_chunk(struct ffs_packer *p, const unsigned char *chunk, uint32_t len)
 {
@@ -308,8 +305,7 @@ int ffs_packer_put(
 	return 0;
 }
 
-/* ---- beginning and end
- * --------------------------------------------------------------------------------------------------- */
+/* ---- beginning and end ---- */
 
 static int begin(struct ffs_packer *p, uint64_t memory_size, struct ffs_stored *share)
 {

@@ -30,8 +30,7 @@ bool ffs_chunk_decode(enum ffs_chunk_kind kind, const void *in, uint32_t stored,
 	return ffs_hash_equal(&is, hash);
 }
 
-/* ---- opening
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- opening ---- */
 
 static int load_index(struct ffs_stored *s, struct ffs_error *err)
 {
@@ -142,8 +141,7 @@ void ffs_packed_close(struct ffs_stored *s)
 	}
 }
 
-/* ---- reading
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- reading ---- */
 
 int ffs_packed_chunk(struct ffs_stored *s, uint64_t chunk, bool checked, void *out, struct ffs_error *err)
 {

@@ -53,8 +53,7 @@ int ffs_store_errno(const struct ffs_store *st, int code, struct ffs_error *err,
 	return ffs_error_errno(err, code, "%s", what);
 }
 
-/* ---- opening
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- opening ---- */
 
 int ffs_store_open(const char *path, struct ffs_store **out, struct ffs_error *err)
 {
@@ -121,8 +120,7 @@ int ffs_store_check_name(const char *name, struct ffs_error *err)
 	return 0;
 }
 
-/* ---- the list
- * ---------------------------------------------------------------------------------------------------------- */
+/* ---- the list ---- */
 
 /* A name that could be a sandbox's or a branch's. */
 static bool plain(const char *name)
@@ -215,8 +213,7 @@ int ffs_store_each(struct ffs_store *st, const char *sandbox,
 	return r;
 }
 
-/* ---- records of failed branches
- * -------------------------------------------------------------------------------------------------- */
+/* ---- records of failed branches ---- */
 
 static int record_failure(struct ffs_store *st, int dir, const char *name, const char *why)
 {
@@ -287,8 +284,7 @@ int ffs_store_failure(struct ffs_store *st, const char *sandbox, const char *nam
 	return 0;
 }
 
-/* ---- removing and renaming
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- removing and renaming ---- */
 
 /* <name>.XXXXXXXX.removing: more than one of a name can be there. */
 static void removing_name(char out[FFS_NAME_MAX], const char *name)
@@ -377,8 +373,7 @@ int ffs_store_branch_dir(struct ffs_store *st, const char *sandbox, const char *
 	return dir < 0 ? dir : ffs_store_open_subdir(dir, name);
 }
 
-/* ---- recovery
- * ---------------------------------------------------------------------------------------------------------- */
+/* ---- recovery ---- */
 
 struct recovery {
 	struct ffs_store *st;

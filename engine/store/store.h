@@ -44,8 +44,7 @@ struct ffs_store_progress {
 	struct ffs_cancel *also; /* the same wish, of somebody who has such a thing; borrowed, NULL: none */
 };
 
-/* ---- the store
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- the store ---- */
 
 /* Open a store, making the directory (0700) when its parent exists. */
 int ffs_store_open(const char *path, struct ffs_store **out, struct ffs_error *err);
@@ -88,8 +87,7 @@ int ffs_store_rename(
 /* A branch's directory, for the files of its forks (forks.h): a descriptor that the caller closes, or -errno. */
 int ffs_store_branch_dir(struct ffs_store *st, const char *sandbox, const char *name);
 
-/* ---- writing a branch
- * ------------------------------------------------------------------------------------------------- */
+/* ---- writing a branch ---- */
 
 /* Begin one: makes <sandbox>/<name>.partial/. -EEXIST when there is such a branch, -EBUSY when somebody is
  * writing it. */
@@ -142,8 +140,7 @@ int ffs_store_publish(struct ffs_draft *d, struct json_object *manifest, const s
 /* Frees it; what was not published is deleted. NULL: nothing. */
 void ffs_draft_end(struct ffs_draft *d);
 
-/* ---- reading a branch
- * ------------------------------------------------------------------------------------------------- */
+/* ---- reading a branch ---- */
 
 /* Open a published branch: reads and checks its manifest, not its bytes (a packed one's index is read and checked by
  * the first read). */
@@ -197,8 +194,7 @@ ssize_t ffs_stored_read_disk(struct ffs_stored *s, const char *id, void *buf, si
 int ffs_stored_disk_fd(struct ffs_stored *s, const char *id);
 /* Of its directory (forks.h), owned by `s`. */
 int ffs_stored_dirfd(const struct ffs_stored *s);
-/* ---- checking, moving, decoding
- * --------------------------------------------------------------------------------------- */
+/* ---- checking, moving, decoding ---- */
 
 /* Read every byte of the branch and compare it with the manifest's hashes. -EBADMSG and a sentence that names the
  * first wrong file and offset; -ENODATA when there are no hashes to compare with (a branch that is in memory only).

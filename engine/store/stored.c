@@ -14,8 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* ---- opening
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- opening ---- */
 
 static int read_manifest(const struct ffs_stored *s, char **out, size_t *len, struct ffs_error *err)
 {
@@ -225,8 +224,7 @@ void ffs_stored_unref(struct ffs_stored *s)
 	free(s);
 }
 
-/* ---- what it is
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- what it is ---- */
 
 const char *ffs_stored_id(const struct ffs_stored *s)
 {
@@ -299,8 +297,7 @@ int ffs_stored_manifest(const struct ffs_stored *s, struct json_object **out, st
 	return r;
 }
 
-/* ---- reading
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- reading ---- */
 
 static bool is_disk(const struct ffs_file_entry *f)
 {
@@ -388,8 +385,7 @@ ssize_t ffs_stored_read_vmstate(struct ffs_stored *s, void *buf, size_t len, uin
 	return read_at(ffs_stored_vmstate_fd(s), s->m.vmstate_size, buf, len, off);
 }
 
-/* ---- disks
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- disks ---- */
 
 unsigned ffs_stored_disks(const struct ffs_stored *s)
 {

@@ -73,8 +73,7 @@ static void answer(int *sock, const struct ffs_wd_reply *reply)
 	ffs_close_fd(sock);
 }
 
-/* ---- letting go
- * ------------------------------------------------------------------------------------------------ */
+/* ---- letting go ---- */
 
 /* In a child: ask the VMM on this socket, whatever that takes; the alarm is for a driver that overruns its
  * deadline. */
@@ -151,8 +150,7 @@ static void revoke_slot(struct guarded *g, struct ffs_wd_slot *s)
 	}
 }
 
-/* ---- watching
- * -------------------------------------------------------------------------------------------------- */
+/* ---- watching ---- */
 
 /* True when `due` was true and the value did not move for FFS_WD_STALL_NS. */
 static bool stalled(struct stall *st, bool due, uint64_t value, uint64_t dt)
@@ -223,8 +221,7 @@ static void tick(void)
 			tick_slot(&wd.slots[i], &wd.shared->slots[i], dt);
 }
 
-/* ---- requests
- * -------------------------------------------------------------------------------------------------- */
+/* ---- requests ---- */
 
 static int check_request(const struct ffs_wd_request *q)
 {
@@ -326,8 +323,7 @@ static void reap(void)
 		}
 }
 
-/* ---- the process
- * ----------------------------------------------------------------------------------------------- */
+/* ---- the process ---- */
 
 static void daemon_died(void)
 {

@@ -25,7 +25,7 @@
 
 #define JSON_DEPTH 32
 
-/* ---- requests ---------------------------------------------------------------------------------- */
+/* ---- requests ---- */
 
 static void beat(void *arg)
 {
@@ -116,7 +116,7 @@ const char *ffs_api_fault(const struct ffs_http_answer *a, char text[300])
 	return text;
 }
 
-/* ---- run state --------------------------------------------------------------------------------- */
+/* ---- run state ---- */
 
 int ffs_api_state_of(const char *body)
 {
@@ -168,7 +168,7 @@ int ffs_api_socket(struct ffs_vmm *vmm)
 	return ffs_api_of(vmm)->http.sock;
 }
 
-/* ---- around a branch --------------------------------------------------------------------------- */
+/* ---- around a branch ---- */
 
 /* What the state is, then another one: *before is of the moment just before the change. */
 static int change_state(
@@ -308,7 +308,7 @@ int ffs_api_prepare(struct ffs_api *d, int vmstate_fd, bool *was_running, struct
 	return 0;
 }
 
-/* ---- the connection ---------------------------------------------------------------------------- */
+/* ---- the connection ---- */
 
 static int peer_of(int sock, pid_t *pid, struct ffs_error *err)
 {

@@ -125,7 +125,7 @@ int ffs_coop_parse(const char *text, size_t n, struct ffs_geometry *geo, struct 
 	return r ? r : check_regions(geo, err);
 }
 
-/* ---- the message ------------------------------------------------------------------------------- */
+/* ---- the message ---- */
 
 static bool is_uffd(int fd, char link[64])
 {
@@ -206,7 +206,7 @@ int ffs_coop_receive(int peer, struct ffs_geometry *geo, int *uffd, struct ffs_e
 	return r ? r : 1;
 }
 
-/* ---- the kernel's word --------------------------------------------------------------------------- */
+/* ---- the kernel's word ---- */
 
 static int map_region(
 	pid_t pid, const struct ffs_vma *vma, unsigned n, struct ffs_region *r, struct ffs_error *err)

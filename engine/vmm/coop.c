@@ -25,7 +25,7 @@
 #include "base/fault.h"
 #include "base/util.h"
 
-/* ---- the meeting ------------------------------------------------------------------------------- */
+/* ---- the meeting ---- */
 
 struct meeting {
 	struct ffs_http_wait wait; /* first; its fd: the listening socket, then the connection */
@@ -122,7 +122,7 @@ static int hold_meeting(struct meeting *m, struct ffs_error *err)
 	return r ? r : await_message(m, deadline, err);
 }
 
-/* ---- the copy that the VMM must not keep ------------------------------------------------------- */
+/* ---- the copy that the VMM must not keep ---- */
 
 static void closedirp(DIR **dir)
 {
@@ -168,7 +168,7 @@ static int check_copy(struct ffs_api *d, int uffd, struct ffs_error *err)
 	return 0;
 }
 
-/* ---- operations -------------------------------------------------------------------------------- */
+/* ---- operations ---- */
 
 static int coop_connect(const struct ffs_attach_options *opt, struct ffs_cancel *cancel, struct ffs_vmm **out,
 	struct ffs_error *err)

@@ -50,7 +50,7 @@ static int say_lost(struct ffs_http *h, int code, struct ffs_error *err)
 	return ffs_error_errno(err, code, "the connection to the VMM's API");
 }
 
-/* ---- requests ---------------------------------------------------------------------------------- */
+/* ---- requests ---- */
 
 static int send_all(
 	struct ffs_http *h, const char *p, size_t len, uint64_t deadline_ns, struct ffs_error *err)
@@ -105,7 +105,7 @@ int ffs_http_send(struct ffs_http *h, const char *method, const char *path, cons
 	return r;
 }
 
-/* ---- answers ----------------------------------------------------------------------------------- */
+/* ---- answers ---- */
 
 struct head {
 	int status;

@@ -14,7 +14,7 @@
 #include "base/cleanup.h"
 #include "base/util.h"
 
-/* ---- RAM blocks ------------------------------------------------------------------------------ */
+/* ---- RAM blocks ---- */
 
 /* Take the last word off a line: a pointer to it, or NULL. */
 static char *last_word(char *line)
@@ -183,7 +183,7 @@ int ffs_qemu_read_blocks(struct ffs_qemu *d, struct ffs_qemu_blocks *out, struct
 	return r;
 }
 
-/* ---- the flat view --------------------------------------------------------------------------- */
+/* ---- the flat view ---- */
 
 struct view_line {
 	uint64_t start, last, offset;

@@ -25,7 +25,7 @@
 #include "base/util.h"
 #include "vmm/dial.h"
 
-/* ---- dialling -------------------------------------------------------------------------------- */
+/* ---- dialling ---- */
 
 int ffs_qemu_dial(const struct ffs_qemu_monitor *m, pid_t pid, uint64_t deadline_ns, int *sock)
 {
@@ -53,7 +53,7 @@ int ffs_qemu_dial(const struct ffs_qemu_monitor *m, pid_t pid, uint64_t deadline
 	return r;
 }
 
-/* ---- who is it ------------------------------------------------------------------------------- */
+/* ---- who is it ---- */
 
 static int say_dial(const struct ffs_qemu_monitor *m, int r, struct ffs_error *err)
 {
@@ -137,7 +137,7 @@ static int identify(
 	return 0;
 }
 
-/* ---- connecting ------------------------------------------------------------------------------ */
+/* ---- connecting ---- */
 
 static int greet(struct ffs_qemu *d, int sock, struct ffs_cancel *cancel, uint64_t deadline_ns,
 	struct json_object **version, struct ffs_error *err)

@@ -48,7 +48,7 @@ static int check_total(struct ffs_qemu *d, const struct ffs_qemu_blocks *b, stru
 	return 0;
 }
 
-/* ---- one region against the kernel's mappings ------------------------------------------------ */
+/* ---- one region against the kernel's mappings ---- */
 
 static int mismatch(const struct ffs_qemu_block *b, const char *what, struct ffs_error *err)
 {

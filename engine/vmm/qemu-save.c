@@ -31,7 +31,7 @@ static uint64_t soon(void)
 	return ffs_now_ns() + FFS_QEMU_CALL_NS;
 }
 
-/* ---- which way ------------------------------------------------------------------------------- */
+/* ---- which way ---- */
 
 static bool ends_with(const char *s, const char *end)
 {
@@ -135,7 +135,7 @@ static int choose_way(struct ffs_qemu *d, bool was_running, enum ffs_qemu_way *w
 	return check_disks(d, travels, err);
 }
 
-/* ---- staging --------------------------------------------------------------------------------- */
+/* ---- staging ---- */
 
 /* The number of our set, always the same: a daemon that dies before it removed the set leaves it behind (QEMU
  * keeps it as long as another monitor is connected), and the next branch finds it by this. Far from the small
@@ -306,7 +306,7 @@ void ffs_qemu_unstage(struct ffs_qemu *d)
 			(int)d->vmm.proc.pid, err.text);
 }
 
-/* ---- inside the pause ------------------------------------------------------------------------ */
+/* ---- inside the pause ---- */
 
 static bool migration_ended(void *arg)
 {

@@ -18,7 +18,7 @@
 #include "base/log.h"
 #include "base/util.h"
 
-/* ---- small things ---------------------------------------------------------------------------- */
+/* ---- small things ---- */
 
 const char *ffs_json_str(struct json_object *obj, const char *key)
 {
@@ -85,7 +85,7 @@ int ffs_qemu_hmp(struct ffs_qemu *d, const char *line, char **text, struct ffs_e
 	return r;
 }
 
-/* ---- run state ------------------------------------------------------------------------------- */
+/* ---- run state ---- */
 
 static void set_state(struct ffs_qemu *d, enum ffs_run_state s)
 {
@@ -160,7 +160,7 @@ static enum ffs_run_state qemu_run_state(struct ffs_vmm *vmm)
 	return (enum ffs_run_state)atomic_load(&ffs_qemu_of(vmm)->state);
 }
 
-/* ---- around a branch ------------------------------------------------------------------------- */
+/* ---- around a branch ---- */
 
 static int check_state(const char *status, bool *was_running, struct ffs_error *err)
 {

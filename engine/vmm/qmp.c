@@ -63,7 +63,7 @@ static int fault(const char *command, const char *stage)
 #endif
 }
 
-/* ---- input: by the reader under io, or by the caller while claimed --------------------------- */
+/* ---- input: by the reader under io, or by the caller while claimed ---- */
 
 static void tell_gone(struct ffs_qmp *q)
 {
@@ -207,7 +207,7 @@ static void *reader_main(void *arg)
 	}
 }
 
-/* ---- calls ----------------------------------------------------------------------------------- */
+/* ---- calls ---- */
 
 static void wake_reader(struct ffs_qmp *q)
 {
@@ -425,7 +425,7 @@ int ffs_qmp_call(struct ffs_qmp *q, const char *command, struct json_object *arg
 	return r;
 }
 
-/* ---- life ------------------------------------------------------------------------------------ */
+/* ---- life ---- */
 
 static bool have_greeting(void *arg)
 {

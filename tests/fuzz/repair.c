@@ -69,9 +69,7 @@ unsigned char *repair_index(const unsigned char *in, size_t *len)
 	return copy;
 }
 
-/* ---- the stream
- * ---------------------------------------------------------------------------------------------------------
- */
+/* ---- the stream ---- */
 
 /* Its records are walked as far as they make sense, and what they hold is hashed. */
 struct walk {

@@ -76,8 +76,7 @@ static void inject_fails(struct ffs_proc_id id, int code, const char *word)
 	assert_non_null(strstr(err.text, word));
 }
 
-/* ---- ways of waiting
- * ------------------------------------------------------------------------------------------- */
+/* ---- ways of waiting ---- */
 
 static void wait_nanosleep(void)
 {

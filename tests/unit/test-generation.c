@@ -153,8 +153,7 @@ static const struct {
 		{O("s:1", 10, M, 1), C(1), {.what = EXIT, .pid = 10}, O("s:1", 10, M, 2)}},
 };
 
-/* ---- the world of a case
- * -------------------------------------------------------------------------------------------- */
+/* ---- the world of a case ---- */
 
 static struct world {
 	struct ffs_gen_table *table;
@@ -278,8 +277,7 @@ static void test_cases(void **state)
 	}
 }
 
-/* ---- what a table of cases does not show
- * -------------------------------------------------------------------------------- */
+/* ---- what a table of cases does not show ---- */
 
 static int open_new(int n)
 {

@@ -9,8 +9,7 @@
 #include <sys/ptrace.h>
 #include <sys/stat.h>
 
-/* ---- refusals
- * -------------------------------------------------------------------------------------------------- */
+/* ---- refusals ---- */
 
 static void filtered(void *arg)
 {
@@ -178,8 +177,7 @@ static void test_32_bit(void **state)
 	target_end(id);
 }
 
-/* ---- the unprivileged VMM
- * -------------------------------------------------------------------------------------- */
+/* ---- the unprivileged VMM ---- */
 
 static void unprivileged(void *arg)
 {

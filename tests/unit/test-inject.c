@@ -68,8 +68,7 @@ static void test_thousand(void **state)
 	target_end(id);
 }
 
-/* ---- which thread
- * ---------------------------------------------------------------------------------------------- */
+/* ---- which thread ---- */
 
 static _Atomic int vcpu_ready;
 static void *vcpu_thread(void *arg)
@@ -171,8 +170,7 @@ static void test_d_state(void **state)
 	}
 }
 
-/* ---- signals
- * --------------------------------------------------------------------------------------------------- */
+/* ---- signals ---- */
 
 static void on_signal(int sig, siginfo_t *info, void *ctx)
 {
@@ -268,8 +266,7 @@ static void test_stopped(void **state)
 	target_end(id);
 }
 
-/* ---- madvise
- * --------------------------------------------------------------------------------------------------- */
+/* ---- madvise ---- */
 
 static char *mapped;
 
@@ -306,8 +303,7 @@ static void test_madvise(void **state)
 	munmap(mapped, 8192);
 }
 
-/* ---- several at once, and the daemon's death
- * ------------------------------------------------------------------- */
+/* ---- several at once, and the daemon's death ---- */
 
 static _Atomic int parallel_failed;
 static void *inject_loop(void *arg)

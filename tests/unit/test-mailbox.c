@@ -49,8 +49,7 @@ static int put_into(void *arg, const void *bytes, size_t len, unsigned at)
 	return 0;
 }
 
-/* ---- golden bytes
- * ------------------------------------------------------------------------------------------------ */
+/* ---- golden bytes ---- */
 
 static void parse_uuid(const char *text, uint8_t out[16])
 {
@@ -152,8 +151,7 @@ static void test_crc32c(void **state)
 	assert_int_equal(ffs_crc32c(ffs_crc32c(0, "1234", 4), "56789", 5), 0xe3069283u);
 }
 
-/* ---- limits
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- limits ---- */
 
 static bool published(enum ffs_mailbox_kind kind, const char *name, const char *token)
 {
@@ -220,8 +218,7 @@ static void test_fits(void **state)
 	assert_int_equal(ffs_mailbox_fits(FFS_MAILBOX_FORK, 2, 0, PAGE - 1, NULL), -ERANGE);
 }
 
-/* ---- the order of writing
- * ----------------------------------------------------------------------------------------- */
+/* ---- the order of writing ---- */
 
 struct steps {
 	unsigned at[8], n, fail_at;
@@ -254,8 +251,7 @@ static void test_order(void **state)
 	}
 }
 
-/* ---- finding
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- finding ---- */
 
 static ssize_t read_memory(void *arg, void *buf, size_t len, uint64_t off, struct ffs_error *err)
 {
@@ -416,8 +412,7 @@ static void test_scan_fails(void **state)
 	assert_null(in.frame);
 }
 
-/* ---- overlays
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- overlays ---- */
 
 static void test_overlay(void **state)
 {

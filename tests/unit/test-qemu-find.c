@@ -14,9 +14,7 @@
 #include "base/cleanup.h"
 #include "guest/memory.h"
 
-/* ---- geometry
- * ---------------------------------------------------------------------------------------------------------
- */
+/* ---- geometry ---- */
 
 static void check_shape(uint64_t size)
 {
@@ -270,7 +268,7 @@ static void file_on_disk(void **state)
 	FAILS(vmm->ops->geometry(vmm, &geo, &err), ENOTSUP, "memory-backend-memfd");
 }
 
-/* ---- which monitor, which process ------------------------------------------------------------ */
+/* ---- which monitor, which process ---- */
 
 static void by_pid(void **state)
 {

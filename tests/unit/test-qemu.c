@@ -13,7 +13,7 @@
 #include "base/cleanup.h"
 #include "vmm/qmp.h"
 
-/* ---- around a pause -------------------------------------------------------------------------- */
+/* ---- around a pause ---- */
 
 static void check_vmstate(unsigned char kind)
 {
@@ -199,7 +199,7 @@ static void with_vga_and_disk(void **state)
 	FAILS(vmm->ops->prepare(vmm, vmstate, &was, &err), ENOTSUP, "d0");
 }
 
-/* ---- death and rescue ------------------------------------------------------------------------ */
+/* ---- death and rescue ---- */
 
 static void exits(void **state)
 {

@@ -26,7 +26,7 @@
 	"\"\"}, \"capabilities\": []}}\r\n"
 #define STOP "{\"event\": \"STOP\", \"timestamp\": {\"seconds\": 1, \"microseconds\": 2}}\r\n"
 
-/* ---- the server: answers each command with what `script` makes of it ------------------------- */
+/* ---- the server: answers each command with what `script` makes of it ---- */
 
 struct server {
 	int sock;
@@ -158,7 +158,7 @@ static void end(struct ffs_qmp *q)
 	close(srv.sock);
 }
 
-/* ---- scripts --------------------------------------------------------------------------------- */
+/* ---- scripts ---- */
 
 static const char *script_mixed(const char *command)
 {
@@ -372,7 +372,7 @@ static void framing_limit(void **state)
 	ffs_qmp_framer_free(&f);
 }
 
-/* ---- the watchdog's rescue ------------------------------------------------------------------- */
+/* ---- the watchdog's rescue ---- */
 
 static atomic_uint conts, queries;
 static const char *rescue_state;

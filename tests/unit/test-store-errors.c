@@ -5,9 +5,7 @@
 
 #include <sys/mount.h>
 
-/* ---- changes
- * -----------------------------------------------------------------------------------------------------------
- */
+/* ---- changes ---- */
 
 /* A scenario with one failure in it; false: it has fewer steps. */
 static bool run_failing(const struct scenario *sc, int at, int code, bool reads)
@@ -61,9 +59,7 @@ static void test_every_read_of_a_change(void **state)
 	print_message("%u failures\n", failures);
 }
 
-/* ---- reading
- * -----------------------------------------------------------------------------------------------------------
- */
+/* ---- reading ---- */
 
 static struct kit kit;
 static int stream;
@@ -258,9 +254,7 @@ static void test_every_read(void **state)
 	kit_close(&kit);
 }
 
-/* ---- room
- * --------------------------------------------------------------------------------------------------------------
- */
+/* ---- room ---- */
 
 /* A file system that is too small, by every amount. */
 static void test_every_size(void **state)

@@ -267,8 +267,7 @@ static void test_many(void **state)
 	}
 }
 
-/* ---- crashes
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- crashes ---- */
 
 /* One without payloads, told by its number. */
 static void put_fork(struct ffs_store *st, const char *branch, const char *name, unsigned number, bool fresh)

@@ -109,8 +109,7 @@ static int teardown(void **state)
 	return 0;
 }
 
-/* ---- the fake daemon
- * ------------------------------------------------------------------------------------------- */
+/* ---- the fake daemon ---- */
 
 enum kind {
 	IDLE,        /* holds protection, serves nothing, handler_seq even */
@@ -234,8 +233,7 @@ static void assert_no_holder(void)
 	assert_int_equal(read(vmm_sock[0], &c, 1), 0);
 }
 
-/* ---- deaths
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- deaths ---- */
 
 static void test_killed(void **state)
 {
@@ -320,8 +318,7 @@ static void test_served(void **state)
 	assert_no_holder();
 }
 
-/* ---- requests, in this process
- * --------------------------------------------------------------------------------- */
+/* ---- requests, in this process ---- */
 
 static struct ffs_watchdog *own;
 
