@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/tmpfs.h"
 #include "base/util.h"
 
 #define LEAVE_NS (2 * FFS_NS_PER_S)
@@ -153,22 +154,6 @@ int ffs_jail_bind(
 
 /* ---- a file that can be mounted ---- */
 
-static int mount_tmpfs(struct ffs_error *err)
-{
-	static const char *const options[][2] = {
-		{"source", "forkfs"}, {"size", "0"}, {"nr_inodes", "0"}, {"mode", "0700"}};
-	_cleanup_close_ int fs = fsopen("tmpfs", FSOPEN_CLOEXEC);
-	int mount = -1;
-
-	for (unsigned i = 0; fs >= 0 && i < FFS_ARRAY_LEN(options); i++)
-		if (fsconfig(fs, FSCONFIG_SET_STRING, options[i][0], options[i][1], 0) < 0)
-			return ffs_error_errno(err, errno, "a tmpfs of one's own");
-	if (fs >= 0 && fsconfig(fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0) == 0)
-		mount = fsmount(
-			fs, FSMOUNT_CLOEXEC, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC);
-	return mount < 0 ? ffs_error_errno(err, errno, "a tmpfs of one's own") : mount;
-}
-
 static int make_shared(struct visit *v, struct ffs_error *err)
 {
 	_cleanup_close_ int tree = -1;
@@ -177,9 +162,9 @@ static int make_shared(struct visit *v, struct ffs_error *err)
 	/* what is mounted here is seen nowhere else; what is unmounted elsewhere is here too */
 	if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0)
 		return ffs_error_errno(err, errno, "a mount namespace of one's own");
-	tree = mount_tmpfs(err);
+	tree = ffs_tmpfs_mount(NULL);
 	if (tree < 0)
-		return tree;
+		return ffs_error_errno(err, -tree, "a tmpfs of one's own");
 	if (move_mount(tree, "", AT_FDCWD, v->at, MOVE_MOUNT_F_EMPTY_PATH) < 0)
 		return ffs_error_errno(
 			err, errno, "a tmpfs cannot be mounted at %.200s, in a namespace of its own", v->at);

@@ -24,6 +24,7 @@
 #include "base/compat.h"
 #include "base/fault.h"
 #include "base/log.h"
+#include "base/tmpfs.h"
 #include "base/util.h"
 
 #define NAME "forkfs-image"
@@ -48,30 +49,9 @@ void ffs_image_init(struct ffs_image *img)
 
 /* ---- a tmpfs of its own ---- */
 
-static int mount_tmpfs(void)
-{
-	static const char *const options[][2] = {{"source", "forkfs"}, {"huge", "advise"}, {"size", "0"},
-		{"nr_inodes", "0"}, {"mode", "0700"}};
-	_cleanup_close_ int fs = fsopen("tmpfs", FSOPEN_CLOEXEC);
-
-	if (fs < 0)
-		return -errno;
-	for (unsigned i = 0; i < sizeof(options) / sizeof(options[0]); i++)
-		if (fsconfig(fs, FSCONFIG_SET_STRING, options[i][0], options[i][1], 0) < 0)
-			return -errno;
-	if (fsconfig(fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0) < 0)
-		return -errno;
-	/* NOATIME: a reader that sets it counts as a writer of the mount just when it is to become read-only
-	 */
-	int mount = fsmount(fs, FSMOUNT_CLOEXEC,
-		MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOATIME);
-
-	return mount < 0 ? -errno : mount;
-}
-
 static int open_in_tmpfs(struct ffs_image *img)
 {
-	img->mount = mount_tmpfs();
+	img->mount = ffs_tmpfs_mount("advise");
 	if (img->mount < 0)
 		return img->mount;
 	img->wfd = openat(img->mount, NAME, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
