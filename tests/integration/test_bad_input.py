@@ -6,6 +6,7 @@ import os
 import subprocess
 
 from forkfs_test import processes, rig
+from forkfs_test.calls import errno_of
 
 WRITE_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBADF)
 
@@ -15,15 +16,6 @@ def refused(result, *words):
     assert result.code not in (0, -6, -11), f"should have failed: {result.out}"
     for word in words:
         assert str(word) in result.err, f"'{word}' is missing in: {result.err!r}"
-
-
-def errno_of(function, *args):
-    """The errno of the OSError that a call raises, 0 when it works."""
-    try:
-        function(*args)
-    except OSError as e:
-        return e.errno
-    return 0
 
 
 def test_attach(case):

@@ -128,16 +128,6 @@ def test_qcow2_overlay(case):
         guest.console.wait(r"^journal \d+$", timeout=60, start=guest.console.mark())
 
 
-def refused(code, function, *args):
-    """Fail unless it fails with this errno."""
-    try:
-        function(*args)
-    except OSError as e:
-        assert e.errno == code, f"{errno.errorcode[e.errno]}, not {errno.errorcode[code]}"
-        return
-    raise AssertionError(f"{function.__name__}{args} is not refused")
-
-
 def test_tree(case):
     """disks/ is a directory of read-only files, of a branch that has any; their size is the image's."""
     guest = journal_guest(case, disks.filesystem(case, "xfs"))
@@ -147,12 +137,12 @@ def test_tree(case):
     disk = branch / "disks" / "root"
     assert os.listdir(branch / "disks") == ["root"]
     assert disk.stat().st_size == guest.disk.stat().st_size
-    refused(errno.EPERM, os.open, disk, os.O_RDWR)
-    refused(errno.EPERM, os.open, disk, os.O_WRONLY)
-    refused(errno.EPERM, os.truncate, disk, 0)
-    refused(errno.EPERM, os.unlink, disk)
-    refused(errno.EPERM, os.mkdir, branch / "disks" / "x")
-    refused(errno.ENOENT, os.stat, branch / "disks" / "other")
+    rig.refused(errno.EPERM, os.open, disk, os.O_RDWR)
+    rig.refused(errno.EPERM, os.open, disk, os.O_WRONLY)
+    rig.refused(errno.EPERM, os.truncate, disk, 0)
+    rig.refused(errno.EPERM, os.unlink, disk)
+    rig.refused(errno.EPERM, os.mkdir, branch / "disks" / "x")
+    rig.refused(errno.ENOENT, os.stat, branch / "disks" / "other")
     assert rig.wait_settled(branch) == "ready"
     with open(disk, "rb") as f:
         first = f.read(1 << 20)
@@ -201,7 +191,7 @@ def test_refused_before_the_pause(case):
     def fails(*rules, sentence, code, stopped):
         mount.faults(*rules)
         stops = guest.stops()
-        refused(code, os.mkdir, sandbox / "branches" / "b1")
+        rig.refused(code, os.mkdir, sandbox / "branches" / "b1")
         mount.faults()
         assert sentence in mount.error_of(sandbox / "branches"), mount.error_of(sandbox / "branches")
         assert (guest.stops() > stops) == stopped, f"{rules}: the guest was {'' if stopped else 'not '}to be stopped"
@@ -233,7 +223,7 @@ def test_stored(case):
     branch = again / "sbx1" / "branches" / "b1"
     assert (branch / "disks" / "root").read_bytes() == before
     disks.check_branch(case, branch)
-    refused(errno.EPERM, os.open, branch / "disks" / "root", os.O_RDWR)
+    rig.refused(errno.EPERM, os.open, branch / "disks" / "root", os.O_RDWR)
     again.stop()
     guest.check_runs(within=10)
 

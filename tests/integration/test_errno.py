@@ -4,7 +4,6 @@ The table below is the contract: a row is an operation, a column a kind of node.
 operation that was answered ENOSYS once is never asked for again by the kernel, and would answer something else the second time.
 """
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -16,6 +15,7 @@ import signal
 import time
 
 from forkfs_test import rig
+from forkfs_test.calls import call, mapped, opened
 
 TIMEOUT = {"test_matrix": 240, "test_matrix_without_passthrough": 240}
 
@@ -98,24 +98,6 @@ ioctl_getflags     ENOTTY  ENOTTY  ENOTTY   ENOTTY  ENOTTY  ENOTTY  ENOTTY  ENOT
 # A call that waits is sent a signal after so long, and must have ended a second later.
 PATIENCE, PROMPT = 0.15, 1.0
 FS_IOC_GETFLAGS, TCGETS, FALLOC_FL_PUNCH_HOLE = 0x80086601, 0x5401, 3
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-@contextlib.contextmanager
-def opened(path, flags=os.O_RDONLY):
-    """An open file."""
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def call(name, *args):
-    """A function of libc that gives -1 and errno."""
-    if getattr(libc, name)(*args) < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
 
 
 def with_fd(function, flags=os.O_RDONLY):
@@ -142,12 +124,8 @@ def map_it(access):
                    "private": (mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)}[access]
 
     def operation(fd):
-        libc.mmap.restype = ctypes.c_void_p
-        at = libc.mmap(None, ctypes.c_size_t(4096), prot, flags, fd, ctypes.c_long(0))
-        if at == ctypes.c_void_p(-1).value:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(4096))
+        with mapped(fd, prot, flags):
+            pass
     return operation
 
 

@@ -19,56 +19,16 @@ import struct
 import time
 
 from forkfs_test import processes, rig
+from forkfs_test.calls import call, errno_of, mapped, opened
 
 TIMEOUT = {"test_unchanged": 180, "test_unchanged_without_passthrough": 180, "test_many_clients": 180, "test_ten_thousand_opens": 180,
            "test_killed_clients": 180}
 MIB = 1 << 20
 # A signal ends whoever waits within a second, or never where that is broken: the rest is for the machine, which may be busy.
 PROMPT = 5.0
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
 
 
 # ---- what the attacks are made of
-
-
-def errno_of(function, *args):
-    """The errno of the OSError that a call raises, 0 when it works."""
-    try:
-        function(*args)
-    except OSError as e:
-        return e.errno
-    return 0
-
-
-def libc_call(name, *args):
-    """A function of libc that gives -1 and errno."""
-    if getattr(libc, name)(*args) < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
-@contextlib.contextmanager
-def opened(path, flags=os.O_RDONLY):
-    """An open file."""
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def mapped(fd, prot, flags):
-    """A mapping of the first page, as its address."""
-    at = libc.mmap(None, ctypes.c_size_t(4096), prot, flags, fd, ctypes.c_long(0))
-    if at == ctypes.c_void_p(-1).value:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    try:
-        yield at
-    finally:
-        libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(4096))
 
 
 def write_shared(fd):
@@ -81,7 +41,7 @@ def write_shared(fd):
 def write_protected(fd):
     """Make a shared read-only mapping writable."""
     with mapped(fd, mmap.PROT_READ, mmap.MAP_SHARED) as at:
-        libc_call("mprotect", ctypes.c_void_p(at), ctypes.c_size_t(4096), mmap.PROT_READ | mmap.PROT_WRITE)
+        call("mprotect", ctypes.c_void_p(at), ctypes.c_size_t(4096), mmap.PROT_READ | mmap.PROT_WRITE)
         ctypes.memmove(at, b"evil", 4)
 
 
@@ -94,7 +54,7 @@ def write_by_mem(fd):
 def remove_pages(fd):
     """Punch a hole by madvise."""
     with mapped(fd, mmap.PROT_READ, mmap.MAP_SHARED) as at:
-        libc_call("madvise", ctypes.c_void_p(at), ctypes.c_size_t(4096), 9)  # MADV_REMOVE
+        call("madvise", ctypes.c_void_p(at), ctypes.c_size_t(4096), 9)  # MADV_REMOVE
 
 
 def through_map_files(fd):
@@ -136,7 +96,7 @@ def overwrite(fd):
 
 def fallocate(mode):
     """fallocate(2) with this mode."""
-    return lambda fd: libc_call("fallocate64", fd, mode, ctypes.c_long(0), ctypes.c_long(65536))
+    return lambda fd: call("fallocate64", fd, mode, ctypes.c_long(0), ctypes.c_long(65536))
 
 
 def set_flags(fd):
