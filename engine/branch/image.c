@@ -11,7 +11,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
@@ -72,16 +71,15 @@ static int make_read_only(int mount)
 }
 
 /* The mount must have no writer. Whoever looks at the descriptors of all processes (lsof, a BPF iterator, our own
- * look for another VM's foreign writers) holds each for a moment, a long one when it is preempted there. The
- * kernel tells nobody when it lets go. */
+ * look for another VM's foreign writers) holds each for a moment, a long one when it is preempted there. */
 static int seal_mount(struct ffs_image *img)
 {
 	uint64_t end = ffs_now_ns() + HELD_NS;
 	int e;
 
 	ffs_close_fd(&img->wfd);
-	while ((e = make_read_only(img->mount)) == -EBUSY && ffs_now_ns() < end)
-		poll(NULL, 0, 1);
+	while ((e = make_read_only(img->mount)) == -EBUSY && ffs_held_again(end))
+		;
 	ffs_close_fd(&img->mount); /* the descriptors keep it, and nobody can come to it any more */
 	return e;
 }
