@@ -114,9 +114,7 @@ static void deliver(struct ffs_tracker *t, struct ffs_branch *b, const struct sp
 	int w = 0;
 
 	if (revoked)
-		ffs_branch_fail(b, ETIMEDOUT,
-			"the watchdog let the guest of %s go: the daemon did not serve its writes for 500 ms",
-			b->sandbox);
+		ffs_branch_fail(b, ETIMEDOUT, FFS_LET_GO, b->sandbox);
 	else if (error < 0)
 		ffs_branch_fail(b, -error,
 			error == -ESRCH ? "the VMM of %s exited before its memory was captured"

@@ -430,10 +430,7 @@ void *ffs_copier_main(void *arg)
 		if (!buf)
 			ffs_branch_fail(b, ENOMEM, "out of memory for the copy buffer of %s", b->sandbox);
 		if (ffs_tracker_revoked(t))
-			ffs_branch_fail(b, ETIMEDOUT,
-				"the watchdog let the guest of %s go: the daemon did not serve its writes "
-				"for 500 ms",
-				b->sandbox);
+			ffs_branch_fail(b, ETIMEDOUT, FFS_LET_GO, b->sandbox);
 		bool last = false;
 
 		if (!ffs_branch_failed(b)) {

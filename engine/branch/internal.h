@@ -36,6 +36,8 @@
 #define FFS_COPIERS 2          /* threads at most */
 #define FFS_LATENCY_BUCKETS 20 /* powers of two of a microsecond: <1, <2, <4 … */
 #define FFS_PAUSE_LIMIT_NS (2 * FFS_NS_PER_S)
+/* Why a branch, or a take, ends with ETIMEDOUT whose guest the watchdog did not let wait; with the VM's name. */
+#define FFS_LET_GO "the watchdog let the guest of %s go: the daemon did not serve its writes for 500 ms"
 
 struct ffs_engine {
 	struct ffs_spawner *spawner;

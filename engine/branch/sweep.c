@@ -62,9 +62,7 @@ static int sweep_slice(const struct ffs_sweep *s, bool paused, struct ffs_pages_
 	if (e == 0)
 		e = FFS_FAULT("protect");
 	if (e < 0 && ffs_tracker_revoked(s->t)) /* it has unregistered what we were to protect */
-		return ffs_error_set(err, ETIMEDOUT,
-			"the watchdog let the guest of %s go: the daemon did not serve its writes for 500 ms",
-			s->sandbox);
+		return ffs_error_set(err, ETIMEDOUT, FFS_LET_GO, s->sandbox);
 	if (e == -ENOENT)
 		return ffs_error_set(err, EAGAIN,
 			"the VMM of %s replaced guest memory while it was being write-protected: try again",
