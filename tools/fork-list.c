@@ -10,9 +10,9 @@
 #include "base/util.h"
 #include "fork-request.h"
 #include "lines.h"
+#include "restore.h"
 
 #define LIST_MAX (64u << 20)
-#define FORKS_MAX 4096 /* as many as one command of restore starts children of */
 
 struct ffs_fork_order *ffs_fork_list_add(struct ffs_fork_list *l, const char *name, struct ffs_error *err)
 {
@@ -27,8 +27,9 @@ struct ffs_fork_order *ffs_fork_list_add(struct ffs_fork_list *l, const char *na
 				name);
 			return NULL;
 		}
-	if (l->n == FORKS_MAX) {
-		ffs_error_set(err, EINVAL, "more than %d forks are too many for one command", FORKS_MAX);
+	if (l->n == FFS_CHILDREN_MAX) { /* more would not be started by one command */
+		ffs_error_set(
+			err, EINVAL, "more than %d forks are too many for one command", FFS_CHILDREN_MAX);
 		return NULL;
 	}
 	o = realloc(l->fork, (l->n + 1) * sizeof(*o));
